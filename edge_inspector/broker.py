@@ -1,0 +1,385 @@
+"""Between the daemon and the broker's topics: triggers and commands in, verdicts, results, state and replays out.
+
+Results leave the outbox in order, at most RESULTS_IN_FLIGHT unacknowledged; a new connection starts again after the
+last acknowledged one. Everything retained is remembered here and published anew on every connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from types import TracebackType
+from typing import Protocol
+
+from pydantic import BaseModel
+
+from edge_inspector import messages
+from edge_inspector.errors import InspectorError, OutboxError, SchemaError
+from edge_inspector.frames import Trigger, utc_now
+from edge_inspector.messages import (
+    Alert, Command, Gap, Head, ReplayEnd, ReplayRequest, Reply, ReplyError, Topics, TriggerRequest, VerdictMessage,
+)  # fmt: skip
+from edge_inspector.mqtt import Acknowledged, Connection, Message
+from edge_inspector.outbox import Journalled, Outbox
+from edge_inspector.results import Result
+
+log = logging.getLogger(__name__)
+
+RESULTS_IN_FLIGHT = 15
+"""Below what brokers allow one client (20 is common), so that a verdict never waits behind results."""
+REPLAY_RANGE = 500
+REPLAYS = 32
+ALERT_EXPIRES_S = 3600
+_WAIT_S = 0.25
+_HEAD_EVERY_S = 1.0
+_MAX_GAPS = 16
+
+
+class TriggerTaker(Protocol):
+    """A station, as far as the broker knows it."""
+
+    expires_ms: int
+
+    def offer(self, trigger: Trigger) -> None:
+        """Take a journalled trigger; must not block."""
+        ...
+
+    def command(self, name: str, product: str | None) -> None:
+        """Carry out a command. Raises InspectorError."""
+        ...
+
+
+@dataclass
+class _Replay:
+    request: ReplayRequest
+    station: str
+    at: int
+    hi: int
+    error: str = ""
+    gaps: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Broker:
+    """The daemon's voice and ears. One thread; `verdict` and `retain` may be called from any."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        topics: Topics,
+        outbox: Outbox,
+        stations: Mapping[str, TriggerTaker],
+        *,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`tick` is called at least once a second while the thread is alive."""
+        self.connection, self.topics, self.outbox, self.stations = connection, topics, outbox, stations
+        self.refused = 0
+        self.failure: Exception | None = None
+        self._tick = tick
+        self._retained: dict[str, bytes] = {}
+        self._unsent: dict[str, None] = {}
+        self._lock = threading.Lock()
+        self._standing: int | None = None
+        self._sent: dict[str, int] = {}
+        self._in_flight: dict[int, tuple[str, int] | None] = {}
+        self._head_at = 0.0
+        self._replays: deque[_Replay] = deque()
+        self._redeliver_s: float | None = None
+        self._alerted_s = 0.0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="broker", daemon=True)
+
+    @staticmethod
+    def subscriptions(topics: Topics) -> tuple[str, ...]:
+        """What the daemon listens to."""
+        return topics.of("trigger", "+"), topics.of("replay", "+", "request"), topics.of("command", "+")
+
+    def __enter__(self) -> Broker:
+        """Start; results flow as soon as the connection stands."""
+        self.outbox.on_commit(self.connection.wake)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Send what is committed (within a second), then stop."""
+        self._closing.set()
+        self.connection.wake()
+        self._thread.join(1.5)
+
+    # --- for the daemon ---------------------------------------------------------------------------------------------------
+
+    def verdict(self, verdict: VerdictMessage) -> bool:
+        """Tell the diverter, at once or never; returns whether there was a connection."""
+        left_s = (verdict.expires_at - utc_now()).total_seconds()
+        topic = self.topics.of("verdict", verdict.station)
+        return self.connection.publish(topic, messages.encode(verdict), expires_s=left_s) is not None
+
+    def retain(self, message: BaseModel, *levels: str) -> None:
+        """Publish a retained message, now and on every new connection."""
+        topic, payload = self.topics.of(*levels), messages.encode(message)
+        with self._lock:
+            if self._retained.get(topic) == payload:
+                return
+            self._retained[topic] = payload
+            self._unsent[topic] = None
+        self.connection.wake()
+
+    def alert(self, alert: Alert) -> None:
+        """Tell people."""
+        self.connection.publish(
+            self.topics.of("alert", alert.station), messages.encode(alert), expires_s=ALERT_EXPIRES_S
+        )
+
+    # --- the thread ---------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            end = None
+            while end is None or (time.monotonic() < end and self._pending()):
+                self._tick()
+                self._take_events(0.02 if end else _WAIT_S)
+                self._notice_connection()
+                if self._standing is not None:
+                    self._send_retained()
+                    self._send_results()
+                    self._serve_replays()
+                self._redeliver()
+                if self._closing.is_set() and end is None:
+                    end = time.monotonic() + 1.0
+        except Exception as error:  # noqa: BLE001 - root of a thread: the daemon ends on `failure`
+            log.exception("broker thread ended")
+            self.failure = error
+
+    def _pending(self) -> bool:
+        return self._standing is not None and (bool(self._in_flight) or bool(self._unsent))
+
+    def _take_events(self, wait_s: float) -> None:
+        try:
+            event = self.connection.events.get(timeout=wait_s)
+            while True:
+                if isinstance(event, Message):
+                    self._take(event)
+                elif isinstance(event, Acknowledged):
+                    self._acknowledged(event.token)
+                event = self.connection.events.get_nowait()
+        except queue.Empty:
+            return
+
+    def _notice_connection(self) -> None:
+        standing = self.connection.standing
+        if standing == self._standing:
+            return
+        self._standing = standing
+        self._in_flight.clear()
+        self._replays.clear()
+        self._head_at = 0.0
+        for station in self.outbox.stations:
+            self._sent[station] = self.outbox.head(station).acked
+        with self._lock:
+            self._unsent = dict.fromkeys(self._retained)
+
+    def _send_retained(self) -> None:
+        if time.monotonic() - self._head_at > _HEAD_EVERY_S:
+            self._head_at = time.monotonic()
+            for station in self.outbox.stations:
+                self.retain(self._head(station), "head", station)
+        with self._lock:
+            unsent = [(topic, self._retained[topic]) for topic in self._unsent]
+            self._unsent.clear()
+        for topic, payload in unsent:
+            if self.connection.publish(topic, payload, retain=True) is None:
+                with self._lock:
+                    self._unsent[topic] = None
+
+    def _head(self, station: str) -> Head:
+        head = self.outbox.head(station)
+        gaps = self.outbox.gaps(station, head.lo, head.hi, _MAX_GAPS + 1)
+        omitted = max(0, len(gaps) - _MAX_GAPS)
+        return Head(
+            station=station, stream=head.stream, lo=head.lo, hi=head.hi, gaps=tuple(gaps[omitted:]), gaps_omitted=omitted
+        )
+
+    # --- results out ---------------------------------------------------------------------------------------------------------
+
+    def _send_results(self) -> None:
+        for station in self.outbox.stations:
+            room = RESULTS_IN_FLIGHT - len(self._in_flight)
+            head = self.outbox.head(station)
+            if room <= 0 or self._sent[station] >= head.hi:
+                continue
+            topic = self.topics.of("result", station)
+            for seq, payload in self.outbox.results(station, self._sent[station] + 1, head.hi, room):
+                token = self.connection.publish(topic, payload)
+                if token is None:
+                    return
+                self._in_flight[token] = (station, seq)
+                self._sent[station] = seq
+
+    def _acknowledged(self, token: int) -> None:
+        sent = self._in_flight.pop(token, None)
+        if sent is None:
+            return
+        station = sent[0]
+        waiting = [other[1] for other in self._in_flight.values() if other is not None and other[0] == station]
+        self.outbox.acknowledged(station, min(waiting) - 1 if waiting else self._sent[station])
+
+    def _serve_replays(self) -> None:
+        while self._replays and len(self._in_flight) < RESULTS_IN_FLIGHT:
+            replay = self._replays[0]
+            room = RESULTS_IN_FLIGHT - len(self._in_flight)
+            topic = self.topics.of("replay", replay.station, replay.request.client)
+            for lo, hi in replay.gaps[:room]:
+                gap = Gap(station=replay.station, stream=replay.request.stream, lo=lo, hi=hi)
+                self._sent_aside(topic, messages.encode(gap))
+            if replay.gaps:
+                replay.gaps = replay.gaps[room:]
+                continue
+            rows = self.outbox.results(replay.station, replay.at, replay.hi, room) if not replay.error else []
+            for seq, payload in rows:
+                self._sent_aside(topic, payload)
+                replay.at = seq + 1
+            if len(rows) < room:
+                self._replays.popleft()
+                self._sent_aside(topic, messages.encode(self._replay_end(replay)))
+
+    def _replay_end(self, replay: _Replay) -> ReplayEnd:
+        request = replay.request
+        hi = replay.hi if not replay.error else request.lo - 1
+        return ReplayEnd(
+            request_id=request.request_id, station=replay.station, stream=request.stream, lo=request.lo, hi=hi,
+            error=replay.error,
+        )  # fmt: skip
+
+    def _sent_aside(self, topic: str, payload: bytes) -> None:
+        token = self.connection.publish(topic, payload)
+        if token is not None:
+            self._in_flight[token] = None
+
+    # --- messages in ------------------------------------------------------------------------------------------------------------
+
+    def _take(self, message: Message) -> None:
+        levels = self.topics.within(message.topic)
+        try:
+            if len(message.payload) > messages.MAX_REQUEST_BYTES:
+                raise InspectorError(f"{message.topic}: {len(message.payload)} bytes, too large")
+            if message.retain:
+                raise InspectorError(
+                    f"{message.topic}: retained messages are refused", hint="publish it without the retain flag"
+                )
+            if levels[0] == "trigger":
+                self._take_trigger(levels[1], message)
+                return  # acknowledged once it is journalled
+            if levels[0] == "replay":
+                self._take_replay(levels[1], message)
+            else:
+                self._take_command(levels[1], message)
+        except InspectorError as error:
+            self._refuse(levels[1] if len(levels) > 1 else "", error)
+        self.connection.acknowledge(message.ack)
+
+    def _refuse(self, station: str, error: InspectorError) -> None:
+        self.refused += 1
+        now = time.monotonic()
+        if now - self._alerted_s < 1.0:
+            return
+        self._alerted_s = now
+        log.warning("message refused: %s", error)
+        at = utc_now()
+        self.alert(
+            Alert(
+                station=station if station in self.stations else "device", change="raised", code="bad_message",
+                severity="off_spec", text=str(error)[:1000], at=at, expires_at=at + timedelta(seconds=ALERT_EXPIRES_S),
+            )  # fmt: skip
+        )
+
+    def _station(self, name: str) -> TriggerTaker:
+        station = self.stations.get(name)
+        if station is None:
+            raise InspectorError(f"no station {name!r}", hint=f"stations here: {', '.join(self.stations)}")
+        return station
+
+    def _take_trigger(self, name: str, message: Message) -> None:
+        try:
+            station = self._station(name)
+            request = messages.decode(TriggerRequest, message.payload, message.topic)
+        except InspectorError as error:
+            self._refuse(name, error)
+            self.connection.acknowledge(message.ack)
+            return
+        now_s, now = time.monotonic(), utc_now()
+        left_s = station.expires_ms / 1000
+        if request.expires_at is not None:
+            left_s = min(left_s, (request.expires_at - now).total_seconds())
+        trigger = Trigger(
+            request.trigger_id, now_s, now, now_s + left_s, now + timedelta(seconds=left_s),
+            request.part_id, request.product, journalled=True,
+        )  # fmt: skip
+        try:
+            future = self.outbox.journal(name, trigger)
+        except OutboxError:
+            self._redeliver_s = now_s + 2.0  # not acknowledged: it comes again when the disk has caught up
+            return
+        future.add_done_callback(partial(self._journalled, name, trigger, message))
+
+    def _journalled(self, name: str, trigger: Trigger, message: Message, future: Future[Journalled]) -> None:
+        """On disk (this is the committer's thread): now it may be acknowledged and acted on."""
+        if future.exception() is not None:
+            return
+        self.connection.acknowledge(message.ack)
+        answer = future.result()
+        if answer.new:
+            self.stations[name].offer(trigger)
+        elif answer.result is not None:
+            known = messages.decode(Result, answer.result, name)
+            self.verdict(verdict_of(known, repeated=True))
+
+    def _redeliver(self) -> None:
+        if self._redeliver_s is not None and time.monotonic() > self._redeliver_s:
+            self._redeliver_s = None
+            self.connection.redeliver()
+
+    def _take_replay(self, name: str, message: Message) -> None:
+        self._station(name)
+        request = messages.decode(ReplayRequest, message.payload, message.topic)
+        if request.client == "request":
+            raise InspectorError(f"{message.topic}: a client cannot be named 'request'")
+        head = self.outbox.head(name)
+        replay = _Replay(request, name, request.lo, min(request.hi, request.lo + REPLAY_RANGE - 1, head.hi))
+        if request.stream != head.stream:
+            replay.error = f"unknown stream {request.stream!r}, this is {head.stream!r}"
+        elif len(self._replays) >= REPLAYS:
+            replay.error = "busy, ask again later"
+        else:
+            replay.gaps = self.outbox.gaps(name, replay.at, replay.hi, REPLAY_RANGE)
+        if len(self._replays) < 2 * REPLAYS:
+            self._replays.append(replay)
+
+    def _take_command(self, name: str, message: Message) -> None:
+        command = messages.decode(Command, message.payload, message.topic)
+        error = None
+        try:
+            self._station(command.station).command(name, command.product)
+        except SchemaError:
+            raise
+        except InspectorError as refusal:
+            error = ReplyError(code="refused", message=refusal.message, hint=refusal.hint)
+        reply = Reply(request_id=command.request_id, ok=error is None, error=error)
+        self._sent_aside(self.topics.of("reply", command.client), messages.encode(reply))
+
+
+def verdict_of(result: Result, *, repeated: bool = False) -> VerdictMessage:
+    """What the diverter is told of a result."""
+    return VerdictMessage(
+        station=result.station, trigger_id=result.trigger_id, part_id=result.part_id, verdict=result.verdict,
+        reason=result.reason, repeated=repeated, expires_at=result.expires_at,
+    )  # fmt: skip

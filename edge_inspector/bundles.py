@@ -1,0 +1,333 @@
+"""Bundles: a folder of flat files under a signed manifest. Write, read, sign, verify.
+
+    manifest.json   what it is, and size and sha256 of every other file
+    network.onnx    the one graph: pixels in, score, map and expected appearance out
+    sample-*.png    limit samples with their expected scores and verdicts: the self-test
+    report.html     how it was trained and calibrated
+    signature       Ed25519 over the bytes of manifest.json
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from edge_inspector.errors import BundleDamaged, BundleError, BundleUnsupported, BundleUntrusted, SchemaError
+from edge_inspector.graphs import refuse_foreign
+from edge_inspector.results import Moment, Verdict
+from edge_inspector.schema import Field, Model, TolerantModel, read_json, validate
+
+MANIFEST, NETWORK, SIGNATURE, REPORT = "manifest.json", "network.onnx", "signature", "report.html"
+MAX_FILE_BYTES = 512 * 1024 * 1024
+MAX_FILES = 64
+NAME_PATTERN = r"^[a-z0-9]+(-[a-z0-9]+)*$"
+_FILE_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
+
+
+class InputSpec(Model):
+    """What the network takes, and how a region of interest is brought to it."""
+
+    height: int = Field(ge=16, le=4096)
+    width: int = Field(ge=16, le=4096)
+    channels: Literal[1, 3] = 3
+    order: Literal["bgr", "rgb", "grey"] = "bgr"
+    fit: Literal["stretch", "letterbox"] = "stretch"
+    interpolation: Literal["area", "linear"] = "area"
+    tile: int | None = Field(None, ge=16, le=4096, description="side in frame pixels of the squares a region is cut into")
+    overlap: float = Field(0.0, ge=0.0, le=0.5, description="share of a tile that its neighbour sees too")
+
+
+class Calibration(Model):
+    """The promise behind the threshold: at most `alpha` of good parts rejected, with that confidence."""
+
+    n: int = Field(ge=1)
+    alpha: float = Field(gt=0, lt=1)
+    confidence: float = Field(gt=0, lt=1)
+    kept: bool = Field(description="whether n pictures support the promise")
+    scores: tuple[float, ...] = Field(max_length=20000)
+
+
+class Sample(Model):
+    """A limit sample: a picture with the score and verdict it must get."""
+
+    file: str
+    score: float
+    verdict: Verdict
+
+
+class FileEntry(Model):
+    """Size and hash of one file."""
+
+    size: int = Field(ge=0, le=MAX_FILE_BYTES)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class TrainedOn(Model):
+    """The pictures the bundle was made from."""
+
+    digest: str
+    pictures: int
+    height_px: int
+    width_px: int
+    depth_bits: int
+    intensity_window: tuple[int, int] | None = None
+
+
+class Manifest(TolerantModel):
+    """What a bundle says of itself."""
+
+    schema_: Literal["ei.bundle.v1"] = Field("ei.bundle.v1", alias="schema")
+    name: str = Field(pattern=NAME_PATTERN, max_length=64)
+    release: int = Field(ge=1)
+    product: str = Field(pattern=NAME_PATTERN, max_length=64)
+    scope: tuple[str, ...] = ()
+    not_after: Moment | None = None
+    created_at: Moment
+    network: str
+    input: InputSpec
+    calibration: Calibration
+    threshold: float = Field(gt=0)
+    scale: float = Field(gt=0, description="what the network's scores were divided by")
+    samples: tuple[Sample, ...] = Field(min_length=1, max_length=32)
+    training: TrainedOn
+    metrics: dict[str, float] = {}
+    min_version: str = Field(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$")
+    command: str = ""
+    files: dict[str, FileEntry]
+
+
+class SignatureFile(Model):
+    """Who signed the manifest."""
+
+    algorithm: Literal["ed25519"]
+    key_id: str = Field(pattern=r"^[0-9a-f]{16}$")
+    signature: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle; `sha256` is that of its manifest, which covers every file."""
+
+    folder: Path
+    manifest: Manifest
+    sha256: str
+    key_id: str
+
+    @property
+    def network(self) -> Path:
+        return self.folder / NETWORK
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+def key_id(public: Ed25519PublicKey) -> str:
+    """The first 16 hex digits of the sha256 of the raw public key."""
+    raw = public.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def create_key(private: Path, trust: Path) -> str:
+    """Make a signing key: the private half at `private` (0600), the public half in the folder `trust`. Returns its id.
+
+    Raises BundleError if `private` exists: a key is never overwritten.
+    """
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    private.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise BundleError(f"{private}: exists already", hint="choose another name; a key is never overwritten") from error
+    except OSError as error:
+        raise BundleError(f"{private}: {error.strerror}") from error
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(pem)
+    identity = key_id(key.public_key())
+    trust.mkdir(parents=True, exist_ok=True)
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    (trust / f"{private.stem}-{identity}.pub").write_bytes(public)
+    return identity
+
+
+def read_private_key(path: Path) -> Ed25519PrivateKey:
+    """Read a signing key. Raises BundleError."""
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise BundleError(f"{path}: not a signing key: {error}", hint="make one: edge-inspector keygen") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise BundleError(f"{path}: not an Ed25519 key", hint="make one: edge-inspector keygen")
+    return key
+
+
+def trusted_keys(trust: Path) -> dict[str, Ed25519PublicKey]:
+    """The public keys (*.pub) of a trust folder, by id. Raises BundleError for a file that is not one."""
+    keys = {}
+    for path in sorted(trust.glob("*.pub")) if trust.is_dir() else []:
+        try:
+            key = serialization.load_pem_public_key(path.read_bytes())
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
+            raise BundleError(f"{path}: not a public key: {error}", hint="remove it from the trust folder") from error
+        if not isinstance(key, Ed25519PublicKey):
+            raise BundleError(f"{path}: not an Ed25519 key", hint="remove it from the trust folder")
+        keys[key_id(key)] = key
+    return keys
+
+
+# --- write and sign ---------------------------------------------------------------------------------------------------
+
+
+def file_entries(folder: Path) -> dict[str, FileEntry]:
+    """Size and hash of every file that a manifest of this folder lists."""
+    entries = {}
+    for path in sorted(folder.iterdir()):
+        if path.name not in (MANIFEST, SIGNATURE) and not path.name.startswith("."):
+            data = path.read_bytes()
+            entries[path.name] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return entries
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json; a signature made before is void and removed."""
+    (folder / SIGNATURE).unlink(missing_ok=True)
+    data = manifest.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+    (folder / MANIFEST).write_text(data + "\n")
+
+
+def sign(folder: Path, key: Ed25519PrivateKey) -> str:
+    """Sign a bundle's manifest after checking that its files are what it says. Returns the key's id."""
+    data = _plain(folder, MANIFEST).read_bytes()
+    _check_files(folder, _manifest(data, folder))
+    identity = key_id(key.public_key())
+    text = {
+        "algorithm": "ed25519",
+        "key_id": identity,
+        "signature": base64.b64encode(key.sign(data)).decode(),
+    }
+    (folder / SIGNATURE).write_text(json.dumps(text) + "\n")
+    return identity
+
+
+# --- read and verify ---------------------------------------------------------------------------------------------------
+
+
+def _plain(folder: Path, name: str) -> Path:
+    """The path of a file in the folder, once it is sure to be a plain one. Raises BundleDamaged."""
+    path = folder / name
+    try:
+        mode = path.lstat().st_mode
+    except OSError as error:
+        raise BundleDamaged(f"{path}: missing", hint="copy the bundle again, whole") from error
+    if not stat.S_ISREG(mode):
+        raise BundleDamaged(f"{path}: not a plain file (a link or a folder)", hint="bundles are flat folders of files")
+    return path
+
+
+def _manifest(data: bytes, folder: Path) -> Manifest:
+    source = str(folder / MANIFEST)
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BundleDamaged(f"{source}: not JSON: {error}") from error
+    if isinstance(values, dict):
+        needed = str(values.get("min_version", "0.0.0"))
+        if _numbers(needed) > _numbers(version("edge-inspector")):
+            raise BundleUnsupported(
+                f"{folder}: needs edge-inspector {needed}, this is {version('edge-inspector')}",
+                hint="update edge-inspector, or use an older release of the bundle",
+            )
+    try:
+        return validate(Manifest, values, source)
+    except SchemaError as error:
+        raise BundleDamaged(str(error)) from error
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    if len(manifest.files) > MAX_FILES:
+        raise BundleDamaged(f"{folder}: {len(manifest.files)} files, at most {MAX_FILES}")
+    for name, entry in manifest.files.items():
+        if not _FILE_NAME.match(name) or name in (MANIFEST, SIGNATURE):
+            raise BundleDamaged(f"{folder}: file name {name!r} is not a plain name inside the bundle")
+        path = _plain(folder, name)
+        if path.stat().st_size != entry.size:
+            raise BundleDamaged(f"{path}: {path.stat().st_size} bytes, the manifest says {entry.size}")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != entry.sha256:
+            raise BundleDamaged(f"{path}: sha256 differs from the manifest", hint="copy the bundle again, whole")
+    present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    extra = sorted(present - set(manifest.files) - {MANIFEST, SIGNATURE})
+    if extra:
+        raise BundleDamaged(f"{folder}: files that the manifest does not list: {extra}", hint="remove them")
+    for name in (NETWORK, *(sample.file for sample in manifest.samples)):
+        if name not in manifest.files:
+            raise BundleDamaged(f"{folder}: the manifest does not list {name}")
+
+
+def _check_signature(folder: Path, data: bytes, trusted: dict[str, Ed25519PublicKey]) -> str:
+    path = folder / SIGNATURE
+    if not path.exists():
+        raise BundleUntrusted(f"{folder}: not signed", hint="sign it: edge-inspector sign BUNDLE --key KEY")
+    source = str(_plain(folder, SIGNATURE))
+    try:
+        signature = validate(SignatureFile, read_json(path.read_bytes(), source), source)
+        raw = base64.b64decode(signature.signature, validate=True)
+    except (SchemaError, ValueError) as error:
+        raise BundleUntrusted(f"{path}: not a signature file: {error}") from error
+    key = trusted.get(signature.key_id)
+    if key is None:
+        known = ", ".join(sorted(trusted)) or "none"
+        raise BundleUntrusted(
+            f"{folder}: signed by key {signature.key_id}, which is not trusted (trusted: {known})",
+            hint="put the signer's .pub file into the trust folder if you trust it",
+        )
+    try:
+        key.verify(raw, data)
+    except InvalidSignature as error:
+        raise BundleUntrusted(
+            f"{folder}: the signature does not fit the manifest", hint="the manifest was changed after signing"
+        ) from error
+    return signature.key_id
+
+
+def open_bundle(folder: Path, trust: Path, *, now: datetime | None = None, clock_ok: bool = True) -> Bundle:
+    """Read and verify a bundle: signature first, then every file, then the graph.
+
+    `not_after` counts only when the clock is trusted. Raises BundleUntrusted, BundleDamaged or BundleUnsupported.
+    """
+    if not folder.is_dir():
+        raise BundleDamaged(f"{folder}: no such bundle", hint="check the bundle's name and the bundles folder")
+    data = _plain(folder, MANIFEST).read_bytes()
+    identity = _check_signature(folder, data, trusted_keys(trust))
+    manifest = _manifest(data, folder)
+    _check_files(folder, manifest)
+    if clock_ok and manifest.not_after is not None and (now or datetime.now(timezone.utc)) > manifest.not_after:
+        raise BundleUnsupported(f"{folder}: expired at {manifest.not_after}", hint="roll out a newer release")
+    refuse_foreign((folder / NETWORK).read_bytes(), str(folder / NETWORK))
+    return Bundle(folder, manifest, hashlib.sha256(data).hexdigest(), identity)
+
+
+def in_folder(bundles: Path) -> Iterable[str]:
+    """Names of the bundles in a folder."""
+    return sorted(path.parent.name for path in bundles.glob(f"*/{MANIFEST}"))

@@ -1,0 +1,226 @@
+"""Camera: a source with supervision. Reconnects, guards what it delivers, and never makes its user wait beyond a deadline."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from types import TracebackType
+
+import numpy as np
+
+from edge_inspector.cameras.source import Info, Source
+from edge_inspector.config import CameraConfig, Guards
+from edge_inspector.errors import CameraEnded, CameraError
+from edge_inspector.frames import Frame
+from edge_inspector.results import Reason
+
+log = logging.getLogger(__name__)
+
+QUEUE = 8
+"""Frames that wait under the policy `every`; more are lost, counted, and told with the next frame."""
+_WAIT_S = 0.25
+_BACKOFF_S = (0.2, 5.0)
+_GRID = 16
+"""Guards look at every 16th row and column."""
+
+
+class CameraState(str, Enum):
+    """Where a camera stands."""
+
+    CONNECTING = "connecting"
+    STREAMING = "streaming"
+    FAULT = "fault"
+    ENDED = "ended"
+
+
+@dataclass
+class CameraCounts:
+    """What happened since the start."""
+
+    frames: int = 0
+    lost: int = 0
+    skipped: int = 0
+    broken: int = 0
+    reopened: int = 0
+
+
+class _Guard:
+    """Finds frames that came but must not be judged: dark, frozen, of another format."""
+
+    def __init__(self, guards: Guards, info: Info) -> None:
+        self.guards, self.info = guards, info
+        self._last, self._same = 0, 0
+
+    def fault(self, frame: Frame) -> tuple[Reason, str] | None:
+        image, info = frame.image, self.info
+        found = (image.shape[1], image.shape[0], 1 if image.ndim == 2 else 3, image.dtype.itemsize * 8)  # noqa: PLR2004
+        wanted = (info.width, info.height, info.channels, info.depth_bits)
+        if not info.simulated and found != wanted:
+            return Reason.WRONG_FORMAT, f"frame {found}, opened as {wanted}"
+        grid = image[::_GRID, ::_GRID]
+        if self.guards.dark_below and (mean := float(grid.mean())) < self.guards.dark_below:
+            return Reason.DARK_IMAGE, f"mean intensity {mean:.1f}, at least {self.guards.dark_below:g} expected"
+        if self.guards.frozen_frames:
+            crc = zlib.crc32(np.ascontiguousarray(image[::_GRID]))
+            self._same = self._same + 1 if crc == self._last else 0
+            self._last = crc
+            if self._same >= self.guards.frozen_frames:
+                return Reason.FROZEN_IMAGE, f"{self._same + 1} identical frames in a row"
+        return None
+
+
+class Camera:
+    """Frames of one camera, by deadline. Use as a context manager; `next` is called from one thread."""
+
+    def __init__(
+        self,
+        name: str,
+        config: CameraConfig,
+        make: Callable[[], Source],
+        *,
+        on_demand: bool = False,
+    ) -> None:
+        """`make` gives a fresh Source. `on_demand`: frames are wanted only after `trigger`, the first one since then."""
+        self.name, self.config, self._make, self._on_demand = name, config, make, on_demand
+        self.state, self.fault = CameraState.CONNECTING, ""
+        self.info: Info | None = None
+        self.counts = CameraCounts()
+        self._frames: deque[Frame] = deque()
+        self._changed = threading.Condition()
+        self._wanted = 0
+        self._fence = 0.0
+        self._seq = 0
+        self._lost = 0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"camera-{name}", daemon=True)
+
+    def __enter__(self) -> Camera:
+        """Start capturing; returns at once."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End within two seconds, whatever the driver does."""
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
+        self._thread.join(2.0)
+
+    # --- for the station ----------------------------------------------------------------------------------------------
+
+    def trigger(self) -> None:
+        """Ask for one image: `next` gives the first frame captured from now on."""
+        with self._changed:
+            self._fence = time.monotonic()
+            self._frames.clear()
+            self._wanted = 1
+            self._changed.notify_all()
+
+    def next(self, timeout_s: float) -> Frame | None:
+        """The next frame, or None when there is none in time. Raises CameraEnded after the last of a recording."""
+        end = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                while self._frames:
+                    frame = self._frames.popleft()
+                    self._changed.notify_all()
+                    if not self._on_demand or frame.captured_s >= self._fence:
+                        return frame
+                if self.state is CameraState.ENDED:
+                    raise CameraEnded(f"camera {self.name}: {self.fault}")
+                left = end - time.monotonic()
+                if left <= 0 or self._closing.is_set():
+                    return None
+                self._changed.wait(min(left, _WAIT_S))
+
+    # --- the supervising thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        wait_s = _BACKOFF_S[0]
+        while not self._closing.is_set():
+            source, delivered = self._make(), self.counts.frames
+            try:
+                self._supervise(source)
+            except CameraEnded as error:
+                self._become(CameraState.ENDED, error.message)
+            except CameraError as error:
+                if self.fault != error.message:
+                    log.warning("camera %s: %s", self.name, error.message)
+                self._become(CameraState.FAULT, error.message)
+            finally:
+                source.close()
+            if self.state is CameraState.ENDED:
+                break
+            if self.counts.frames > delivered:
+                wait_s = _BACKOFF_S[0]
+            self._closing.wait(wait_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
+            wait_s = min(wait_s * 2, _BACKOFF_S[1])
+            self.counts.reopened += 1
+
+    def _become(self, state: CameraState, fault: str = "") -> None:
+        with self._changed:
+            self.state, self.fault = state, fault
+            self._changed.notify_all()
+
+    def _supervise(self, source: Source) -> None:
+        info = source.open()
+        self.info = info
+        guard = _Guard(self.config.guards, info)
+        self._become(CameraState.STREAMING)
+        asked = info.triggerable and self._on_demand
+        silent_since = time.monotonic()
+        while not self._closing.is_set():
+            if asked and not self._asked(source):
+                silent_since = time.monotonic()
+                continue
+            frame = source.read(_WAIT_S)
+            if frame is not None:
+                silent_since = time.monotonic()
+                if asked:
+                    self._wanted = 0
+                self._deliver(frame, guard, info)
+            elif (silence := time.monotonic() - silent_since) > self.config.timeout_ms / 1000:
+                raise CameraError(f"{self.config.uri}: silent for {silence:.1f} s", hint="cable, power, or a busy network")
+
+    def _asked(self, source: Source) -> bool:
+        """Wait for a trigger and pass it on; False when none came in a while."""
+        with self._changed:
+            if not self._wanted:
+                self._changed.wait(_WAIT_S)
+            if not self._wanted:
+                return False
+            fire, self._wanted = self._wanted == 1, 2
+        if fire:
+            source.trigger()
+        return True
+
+    def _deliver(self, frame: Frame, guard: _Guard, info: Info) -> None:
+        if not frame.fault and (found := guard.fault(frame)):
+            frame = replace(frame, fault=found[0].value, fault_detail=found[1])
+        self.counts.frames += 1
+        self.counts.lost += frame.lost
+        self.counts.broken += bool(frame.fault)
+        latest = self._on_demand or self.config.policy == "latest"
+        with self._changed:
+            if latest and not info.pulled:
+                self.counts.skipped += len(self._frames)
+                self._frames.clear()
+            while len(self._frames) >= QUEUE and info.pulled and not self._closing.is_set():
+                self._changed.wait(_WAIT_S)
+            if len(self._frames) >= QUEUE:
+                self._lost += 1 + frame.lost
+                self.counts.lost += 1
+                return
+            number, self._seq = self._seq, self._seq + 1
+            lost, self._lost = self._lost + frame.lost, 0
+            self._frames.append(replace(frame, seq=number, lost=lost, epoch=self.counts.reopened))
+            self._changed.notify_all()

@@ -1,0 +1,244 @@
+"""A source in a child process: its hangs and crashes end with the child, never with the daemon.
+
+Pixels travel through a ring of slots in a memfd (nothing is left in /dev/shm), everything else as JSON over a
+socket pair. Each slot has a generation number, odd while it is written: the parent copies a slot out and then looks
+whether the generation is still the one it was told, so that a frame overwritten meanwhile is counted as lost, never
+judged half old and half new.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_inspector.cameras.source import Info
+from edge_inspector.config import CameraConfig
+from edge_inspector.errors import CameraEnded, CameraError
+from edge_inspector.frames import Frame, frozen
+
+SLOTS = 8
+_HEADER = 4096
+_MESSAGE = 8192
+_OPEN_MARGIN_S = 10.0
+"""Beside the camera's own timeout: starting Python and importing OpenCV on a busy machine."""
+_PR_SET_PDEATHSIG = 1
+_UNPACED_S = 0.04
+"""Between two frames of a recording that has no rate of its own."""
+
+
+class _Ring:
+    """SLOTS frames of one size in a memfd; a header page holds their generations."""
+
+    def __init__(self, descriptor: int, frame_bytes: int, *, writable: bool) -> None:
+        self.frame_bytes = frame_bytes
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._map = mmap.mmap(descriptor, _HEADER + SLOTS * frame_bytes, mmap.MAP_SHARED, access)
+        self.generations: NDArray[np.uint64] = np.frombuffer(self._map, np.uint64, SLOTS)
+
+    def slot(self, number: int) -> NDArray[np.uint8]:
+        return np.frombuffer(self._map, np.uint8, self.frame_bytes, _HEADER + number * self.frame_bytes)
+
+
+# --- the parent ---------------------------------------------------------------------------------------------------------
+
+
+class IsolatedSource:
+    """Source protocol, run by a child process."""
+
+    def __init__(self, config: CameraConfig, base: Path) -> None:
+        self.config, self.base = config, base
+        self._child: subprocess.Popen[bytes] | None = None
+        self._ring: _Ring | None = None
+        self._lost = 0
+
+    def open(self) -> Info:
+        """Start the child and wait for its camera, within the camera's timeout. Raises CameraError."""
+        self.close()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        specification = json.dumps({"config": self.config.model_dump(mode="json"), "base": str(self.base)})
+        with theirs:
+            self._child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                [sys.executable, "-m", "edge_inspector.cameras.isolation", str(theirs.fileno()), specification],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        self._socket = ours
+        wait_s = _OPEN_MARGIN_S + self.config.timeout_ms / 1000
+        message = self._received(wait_s)
+        if message is None:
+            raise CameraError(f"{self.config.uri}: did not open within {wait_s:g} s", hint="does it answer otherwise?")
+        return replace(Info(**message["info"]), pulled=False, triggerable=False)  # a child runs free
+
+    def read(self, timeout_s: float) -> Frame | None:
+        """The next frame, copied out of the ring. Raises CameraEnded, CameraError (also when the child died)."""
+        end = time.monotonic() + timeout_s
+        while (left := end - time.monotonic()) > 0:
+            message = self._received(left)
+            if message is None:
+                return None
+            frame = self._copied(message["frame"])
+            if frame is not None:
+                return frame
+            self._lost += 1
+        return None
+
+    def _received(self, timeout_s: float) -> dict[str, Any] | None:
+        if not select.select([self._socket], [], [], timeout_s)[0]:
+            return None
+        data, ancillary, _, _ = self._socket.recvmsg(_MESSAGE, socket.CMSG_SPACE(4))
+        if not data:
+            code = self._child.poll() if self._child else None
+            raise CameraError(f"{self.config.uri}: the camera process ended ({code})", hint="the driver may have crashed")
+        message: dict[str, Any] = json.loads(data)
+        if "error" in message:
+            kind = CameraEnded if message["ended"] else CameraError
+            raise kind(message["error"], hint=message["hint"])
+        for _, _, passed in ancillary:
+            descriptor = array.array("i", passed)[0]
+            try:
+                self._ring = _Ring(descriptor, message["frame"]["bytes"], writable=False)
+            finally:
+                os.close(descriptor)
+        return message
+
+    def _copied(self, told: dict[str, Any]) -> Frame | None:
+        if told["fault"]:
+            image = np.zeros((0, 0), np.uint8)
+        else:
+            if self._ring is None:
+                raise CameraError(f"{self.config.uri}: a frame came before its memory")
+            slot = self._ring.slot(told["slot"])[: told["bytes"]]
+            image = slot.copy().view(told["dtype"]).reshape(told["shape"])
+            if int(self._ring.generations[told["slot"]]) != told["generation"]:
+                return None
+        lost, self._lost = self._lost + told["lost"], 0
+        return Frame(
+            frozen(image), told["seq"], told["captured_s"], datetime.fromisoformat(told["captured_at"]), told["clock"],
+            told["source_id"], lost, 0, told["fault"], told["fault_detail"],
+        )  # fmt: skip
+
+    def trigger(self) -> None:
+        """A child runs free; Camera takes the first frame after the trigger."""
+        raise CameraError(f"{self.config.uri}: cannot be triggered")
+
+    def close(self) -> None:
+        """Kill the child. One that is stuck in the kernel is not waited for."""
+        if self._child is None:
+            return
+        self._socket.close()
+        self._ring = None
+        self._child.kill()
+        try:
+            self._child.wait(0.5)
+        except subprocess.TimeoutExpired:
+            pass  # it is dead as soon as the driver lets go; Popen reaps it when the next child is made
+        self._child = None
+
+
+# --- the child ------------------------------------------------------------------------------------------------------------
+
+
+class _Sender:
+    def __init__(self, channel: socket.socket) -> None:
+        self.channel = channel
+        self._ring: _Ring | None = None
+        self._written = 0
+        self._lost = 0
+
+    def send(self, frame: Frame) -> None:
+        """Write a frame into the next slot and tell the parent; drop and count it when the parent is behind."""
+        passed: list[int] = []
+        told = {
+            "seq": frame.seq, "captured_s": frame.captured_s, "captured_at": frame.captured_at.isoformat(),
+            "clock": frame.clock, "source_id": frame.source_id, "lost": frame.lost + self._lost,
+            "fault": frame.fault, "fault_detail": frame.fault_detail,
+        }  # fmt: skip
+        if not frame.fault:
+            if self._ring is None or self._ring.frame_bytes < frame.image.nbytes:
+                passed = [self._new_ring(frame.image.nbytes)]
+            told |= self._write(frame)
+        data = json.dumps(told).encode()
+        try:
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", passed))] if passed else []
+            self.channel.sendmsg([b'{"frame":' + data + b"}"], ancillary, socket.MSG_DONTWAIT)
+            self._lost = 0
+        except BlockingIOError:
+            self._lost += 1 + frame.lost
+            self._ring = None if passed else self._ring
+        finally:
+            for descriptor in passed:
+                os.close(descriptor)
+
+    def _new_ring(self, frame_bytes: int) -> int:
+        descriptor = os.memfd_create("edge-inspector-frames", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, _HEADER + SLOTS * frame_bytes)
+        self._ring = _Ring(descriptor, frame_bytes, writable=True)
+        return descriptor
+
+    def _write(self, frame: Frame) -> dict[str, Any]:
+        if self._ring is None:
+            raise CameraError("no ring")
+        number = self._written % SLOTS
+        self._written += 1
+        self._ring.generations[number] += 1
+        flat = frame.image.reshape(-1).view(np.uint8)
+        self._ring.slot(number)[: flat.size] = flat
+        self._ring.generations[number] += 1
+        return {
+            "slot": number, "generation": int(self._ring.generations[number]), "bytes": int(flat.size),
+            "dtype": frame.image.dtype.str, "shape": frame.image.shape,
+        }  # fmt: skip
+
+
+def _child(channel: socket.socket, specification: dict[str, Any]) -> None:
+    """Open the source and send its frames until the parent is gone."""
+    from edge_inspector.cameras.opencv import ENVIRONMENT  # noqa: PLC0415 - the environment comes before OpenCV
+
+    os.environ.update(ENVIRONMENT)
+    from edge_inspector.cameras.sources import direct_source  # noqa: PLC0415
+
+    config = CameraConfig.model_validate(specification["config"])
+    sender = _Sender(channel)
+    source = direct_source(config, Path(specification["base"]))
+    try:
+        info = source.open()
+        channel.send(json.dumps({"info": asdict(info)}).encode())
+        while not select.select([channel], [], [], _UNPACED_S if info.pulled else 0)[0]:  # readable: the parent is gone
+            frame = source.read(config.timeout_ms / 1000)
+            if frame is not None:
+                sender.send(frame)
+    except CameraError as error:
+        told = {"error": error.message, "hint": error.hint, "ended": isinstance(error, CameraEnded)}
+        channel.send(json.dumps(told).encode())
+    finally:
+        source.close()
+
+
+def main() -> None:
+    """Entry point of the child: a socket's number and a specification."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a dead daemon frees the camera
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as channel:
+        try:
+            _child(channel, json.loads(sys.argv[2]))
+        except (BrokenPipeError, ConnectionResetError):
+            sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

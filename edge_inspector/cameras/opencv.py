@@ -1,0 +1,87 @@
+"""Live cameras through OpenCV: `v4l2:///dev/video0`, `rtsp://`, `http://`. Run in a child process: their calls can hang."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import cv2
+
+from edge_inspector.cameras.source import Address, Info, check_format
+from edge_inspector.config import CameraConfig
+from edge_inspector.errors import CameraError
+from edge_inspector.frames import Frame, frozen, utc_now
+
+ENVIRONMENT = {
+    "OPENCV_FFMPEG_IS_THREAD_SAFE": "1",
+    "OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT": "1",
+    "OPENCV_FFMPEG_CAPTURE_OPTIONS": "rtsp_transport;tcp",
+    "OPENCV_LOG_LEVEL": "ERROR",
+}
+"""What the child's OpenCV must find before it is imported."""
+_STEP = 0.02
+"""A frame rate may be off by this share: cameras round."""
+
+
+class OpencvSource:
+    """One live camera. What OpenCV reports is not believed: settings are read back, a slow read is a failed one."""
+
+    def __init__(self, config: CameraConfig, _base: Path) -> None:
+        self.config = config
+        self._capture: cv2.VideoCapture | None = None
+        self._seq = 0
+
+    def open(self) -> Info:
+        """Open, set, read back. Raises CameraError."""
+        config, address = self.config, Address.of(self.config.uri)
+        timeout = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, config.timeout_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, config.timeout_ms]
+        if address.scheme == "v4l2":
+            capture = cv2.VideoCapture(address.place, cv2.CAP_V4L2)
+            hint = "is it plugged in, and may this user open it? ls -l /dev/v4l/by-id"
+        else:
+            capture = cv2.VideoCapture(config.uri, cv2.CAP_FFMPEG, [*timeout, cv2.CAP_PROP_N_THREADS, 1])
+            hint = "check address, user and password of the stream"
+        self._capture = capture
+        if not capture.isOpened():
+            raise CameraError(f"{config.uri}: cannot be opened", hint=hint)
+        for setting, value in (
+            (cv2.CAP_PROP_FRAME_WIDTH, config.width),
+            (cv2.CAP_PROP_FRAME_HEIGHT, config.height),
+            (cv2.CAP_PROP_FPS, config.fps),
+        ):
+            if value is not None:
+                capture.set(setting, value)
+        capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
+        done, first = capture.read()
+        if not done or first is None or not first.size:
+            raise CameraError(f"{config.uri}: opened, but gives no frame", hint=hint)
+        fps = capture.get(cv2.CAP_PROP_FPS)
+        info = Info(first.shape[1], first.shape[0], 1 if first.ndim == 2 else 3, first.dtype.itemsize * 8, fps or None)  # noqa: PLR2004
+        check_format(config, info)
+        if config.fps is not None and abs(fps - config.fps) > _STEP * config.fps:
+            raise CameraError(f"{config.uri}: {fps:g} frames/s, the configuration sets {config.fps:g}")
+        return info
+
+    def read(self, timeout_s: float) -> Frame | None:
+        """The next frame; a read that took as long as its timeout returned an old one and counts as none."""
+        if self._capture is None:
+            raise CameraError(f"{self.config.uri}: not open")
+        began = time.monotonic()
+        done, image = self._capture.read()
+        now = time.monotonic()
+        if not done:
+            raise CameraError(f"{self.config.uri}: no frame", hint="unplugged, or the stream ended")
+        if now - began >= min(timeout_s, self.config.timeout_ms / 1000):
+            return None
+        self._seq += 1
+        return Frame(frozen(image), self._seq - 1, now, utc_now())
+
+    def trigger(self) -> None:
+        """These cameras run free."""
+        raise CameraError(f"{self.config.uri}: cannot be triggered")
+
+    def close(self) -> None:
+        """Let go of the device."""
+        if self._capture is not None:
+            self._capture.release()
+            self._capture = None

@@ -1,0 +1,95 @@
+"""The Source protocol: one way to get frames, without supervision. Camera adds the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from edge_inspector.config import CameraConfig
+from edge_inspector.errors import CameraError
+from edge_inspector.frames import Frame
+
+
+@dataclass(frozen=True)
+class Info:
+    """What an open source really delivers, read back from it."""
+
+    width: int
+    height: int
+    channels: int
+    depth_bits: int
+    fps: float | None = None
+    triggerable: bool = False
+    """Makes an image when told to; others deliver all the time."""
+    pulled: bool = False
+    """Makes the next frame only when asked: waiting costs nothing and nothing overflows."""
+    simulated: bool = False
+
+    def __str__(self) -> str:
+        rate = f" at {self.fps:g}/s" if self.fps else ""
+        return f"{self.width}x{self.height}, {self.channels} channel(s), {self.depth_bits} bit{rate}"
+
+
+class Source(Protocol):
+    """Frames from one place. Used from one thread."""
+
+    def open(self) -> Info:
+        """Open and read every setting back. Raises CameraError, also where a setting was not taken."""
+        ...
+
+    def read(self, timeout_s: float) -> Frame | None:
+        """The next frame, or None when there is none in time. Raises CameraEnded, CameraError."""
+        ...
+
+    def trigger(self) -> None:
+        """Make an image now. Raises CameraError where the source cannot."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the device; may be called twice, never takes long."""
+        ...
+
+
+@dataclass(frozen=True)
+class Address:
+    """A camera URI taken apart: scheme, where, options."""
+
+    uri: str
+    scheme: str
+    place: str
+    options: dict[str, str]
+
+    @classmethod
+    def of(cls, uri: str) -> Address:
+        parts = urlsplit(uri)
+        return cls(uri, parts.scheme, unquote(parts.netloc + parts.path), dict(parse_qsl(parts.query)))
+
+    def path(self, base: Path) -> Path:
+        """The place as a path; a relative one starts at `base`."""
+        return base / self.place
+
+    def number(self, name: str, default: float) -> float:
+        """A numeric option. Raises CameraError."""
+        text = self.options.get(name, "")
+        try:
+            return float(text) if text else default
+        except ValueError as error:
+            raise CameraError(f"{self.uri}: option {name}={text!r} is not a number") from error
+
+    def known(self, *names: str) -> None:
+        """Raise CameraError for an option that means nothing here."""
+        unknown = sorted(set(self.options) - set(names))
+        if unknown:
+            raise CameraError(f"{self.uri}: unknown option {unknown[0]!r}", hint=f"allowed: {', '.join(names) or 'none'}")
+
+
+def check_format(config: CameraConfig, info: Info) -> None:
+    """Raise CameraError where the camera did not take what the configuration sets."""
+    for name, wanted, found in (("width", config.width, info.width), ("height", config.height, info.height)):
+        if wanted is not None and wanted != found:
+            raise CameraError(
+                f"{config.uri}: {name} {found}, the configuration sets {wanted}",
+                hint="set a size that the camera offers, or none",
+            )

@@ -1,0 +1,26 @@
+"""Camera URI -> Source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edge_inspector.cameras.folder import FolderSource, VideoSource
+from edge_inspector.cameras.isolation import IsolatedSource
+from edge_inspector.cameras.opencv import OpencvSource
+from edge_inspector.cameras.source import Address, Source
+from edge_inspector.cameras.synthetic import LETHAL, SyntheticSource
+from edge_inspector.config import CameraConfig
+
+_KINDS = {"dir": FolderSource, "file": VideoSource, "synthetic": SyntheticSource}
+
+
+def direct_source(config: CameraConfig, base: Path) -> Source:
+    """The source of a URI, in this process."""
+    return _KINDS.get(Address.of(config.uri).scheme, OpencvSource)(config, base)
+
+
+def open_source(config: CameraConfig, base: Path) -> Source:
+    """The source of a URI, in a child process where its calls can hang. Not opened yet."""
+    address = Address.of(config.uri)
+    isolated = address.scheme not in _KINDS or "isolate" in address.options or address.options.get("fault") in LETHAL
+    return IsolatedSource(config, base) if isolated else direct_source(config, base)

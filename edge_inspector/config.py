@@ -1,0 +1,190 @@
+"""The two documents of a device: device.yaml (who it is; never remote) and line.yaml (what it inspects)."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import field_validator
+
+from edge_inspector.errors import Fault, InspectorError, SchemaError
+from edge_inspector.recipes import Id, Recipe
+from edge_inspector.results import ConfigurationRef
+from edge_inspector.schema import Field, Model, read_yaml, validate
+
+SCHEMES = ("dir", "file", "synthetic", "v4l2", "rtsp", "rtsps", "http", "https")
+
+
+class Identity(Model):
+    """Where the device stands; the first levels of every topic."""
+
+    site: Id
+    line: Id
+    device: Id
+
+
+class Tls(Model):
+    """Files for an encrypted connection; a client certificate is optional."""
+
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+
+
+class BrokerConfig(Model):
+    """The MQTT broker."""
+
+    host: str = Field("localhost", min_length=1)
+    port: int = Field(1883, ge=1, le=65535)
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+    keepalive_s: int = Field(10, ge=1, le=600)
+    username: str | None = None
+    password_file: str | None = None
+    tls: Tls | None = None
+
+
+class StorageConfig(Model):
+    """Where results and pictures are kept, and how much of them."""
+
+    folder: str = "state"
+    results_mb: int = Field(256, ge=4, le=1_000_000)
+    evidence_mb: int = Field(256, ge=0, le=1_000_000)
+
+
+class DeviceConfig(Model):
+    """device.yaml: identity, broker, storage, trust. Changed on the device only."""
+
+    schema_: Literal["ei.device.v1"] = Field(alias="schema")
+    identity: Identity
+    broker: BrokerConfig = BrokerConfig()
+    storage: StorageConfig = StorageConfig()
+    trust: str = Field("trust", description="folder of public keys (*.pub) whose bundles may run")
+    bundles: str = Field("bundles", description="folder of bundles")
+    line_file: str = "line.yaml"
+    engine_threads: int = Field(2, ge=1, le=64)
+
+
+class Guards(Model):
+    """What makes a frame unfit to judge. 0 switches a guard off."""
+
+    dark_below: float = Field(0.0, ge=0, le=65535, description="mean intensity under which a frame is dark")
+    frozen_frames: int = Field(0, ge=0, le=1000, description="identical frames in a row after which a camera is frozen")
+
+
+class CameraConfig(Model):
+    """One camera of a station."""
+
+    uri: str
+    policy: Literal["every", "latest"] = Field(
+        "every", description="every: each frame is a part, overflow is counted; latest: older frames are skipped"
+    )
+    timeout_ms: int = Field(1000, ge=50, le=60_000, description="after which a silent camera is restarted")
+    width: int | None = Field(None, ge=16, le=16384)
+    height: int | None = Field(None, ge=16, le=16384)
+    fps: float | None = Field(None, gt=0, le=10_000)
+    guards: Guards = Guards()
+
+    @field_validator("uri")
+    @classmethod
+    def _known_scheme(cls, uri: str) -> str:
+        if urlsplit(uri).scheme not in SCHEMES:
+            raise ValueError(f"camera URI must start with one of {', '.join(s + '://' for s in SCHEMES)}")
+        return uri
+
+
+class StationConfig(Model):
+    """One place on the line."""
+
+    trigger: Literal["free", "software"] = Field(
+        "free", description="free: every frame is a part; software: one part for each trigger over MQTT"
+    )
+    expires_ms: int = Field(1000, ge=1, le=600_000, description="how long after its trigger a verdict is worth something")
+    product: Id | None = Field(None, description="product when the trigger names none")
+    products: dict[Id, Id] = Field(min_length=1, max_length=256, description="product: recipe")
+    cameras: dict[Id, CameraConfig] = Field(min_length=1, max_length=16)
+
+
+class LineConfig(Model):
+    """line.yaml: stations, cameras, recipes. The one document that may be changed remotely."""
+
+    schema_: Literal["ei.line.v1"] = Field(alias="schema")
+    version: int = Field(1, ge=1)
+    stations: dict[Id, StationConfig] = Field(min_length=1, max_length=32)
+    recipes: dict[Id, Recipe] = Field(min_length=1, max_length=256)
+
+    @property
+    def bundles(self) -> set[str]:
+        return {bundle for recipe in self.recipes.values() for bundle in recipe.bundles}
+
+    def reference(self) -> ConfigurationRef:
+        """Its version with the hash of its content."""
+        digest = hashlib.sha256(self.model_dump_json(by_alias=True).encode()).hexdigest()[:12]
+        return ConfigurationRef(version=self.version, hash=digest)
+
+
+def _faults(line: LineConfig) -> list[Fault]:
+    """What fits each model but not the others: names that lead nowhere."""
+    faults = []
+    for name, station in line.stations.items():
+        path = f"stations.{name}"
+        if station.product is not None and station.product not in station.products:
+            faults.append(Fault(f"{path}.product", "names no product of this station", repr(station.product),
+                                f"allowed: {', '.join(station.products)}"))  # fmt: skip
+        if station.product is None and station.trigger == "free":
+            faults.append(Fault(f"{path}.product", "is required where the trigger is free"))
+        for product, identity in station.products.items():
+            recipe = line.recipes.get(identity)
+            if recipe is None:
+                faults.append(Fault(f"{path}.products.{product}", "names no recipe", repr(identity),
+                                    f"allowed: {', '.join(line.recipes)}"))  # fmt: skip
+                continue
+            for camera in sorted(set(recipe.cameras) - set(station.cameras)):
+                faults.append(Fault(f"recipes.{identity}.cameras.{camera}", f"station {name} has no such camera", "",
+                                    f"allowed: {', '.join(station.cameras)}"))  # fmt: skip
+            if station.trigger == "free" and len(recipe.cameras) > 1:
+                faults.append(Fault(f"{path}.trigger", "free needs recipes of one camera; use software for several"))
+    return faults
+
+
+def parse_line(data: object, source: str) -> LineConfig:
+    """Plain values (of YAML or JSON) -> LineConfig. Raises SchemaError with every fault."""
+    line = validate(LineConfig, data, source)
+    faults = _faults(line)
+    if faults:
+        raise SchemaError(source, faults)
+    return line
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InspectorError(f"{path}: {error.strerror}", hint="write a first one: edge-inspector init") from error
+
+
+def load_line(path: Path) -> LineConfig:
+    """Read line.yaml. Raises SchemaError, or InspectorError when it cannot be read."""
+    return parse_line(read_yaml(_read(path), str(path)), str(path))
+
+
+class Device:
+    """A device.yaml with its paths resolved against the folder it lies in."""
+
+    def __init__(self, config: DeviceConfig, folder: Path) -> None:
+        self.config = config
+        self.folder = folder
+        self.state = folder / config.storage.folder
+        self.trust = folder / config.trust
+        self.bundles = folder / config.bundles
+        self.line_file = folder / config.line_file
+
+    def path(self, name: str | None) -> Path | None:
+        """A path that the document names, or None."""
+        return self.folder / name if name is not None else None
+
+
+def load_device(path: Path) -> Device:
+    """Read device.yaml. Raises SchemaError, or InspectorError when it cannot be read."""
+    return Device(validate(DeviceConfig, read_yaml(_read(path), str(path)), str(path)), path.resolve().parent)

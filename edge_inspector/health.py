@@ -1,0 +1,59 @@
+"""What is wrong, in the terms of NAMUR NE 107: failure, check function, out of specification, maintenance required."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from edge_inspector.frames import utc_now
+from edge_inspector.messages import Cause, ClockFacts, HealthMessage, OutboxFacts
+from edge_inspector.outbox import Counts
+
+_ORDER = ("failure", "check_function", "off_spec", "maintenance_required")
+_TIME_ERROR = 5
+_TIMEX_BYTES = 256
+_OUTBOX_HIGH = 0.95
+_DISK_HIGH = 0.9
+
+
+def clock() -> ClockFacts:
+    """Whether the kernel's clock is synchronised (adjtimex(2))."""
+    state = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
+    synchronised = 0 <= state < _TIME_ERROR
+    return ClockFacts(ok=synchronised, source="kernel" if synchronised else "unsynchronised")
+
+
+def storage_causes(outbox: Counts, state: Path) -> list[Cause]:
+    """What is wrong with the disk and the outbox."""
+    causes = []
+    if outbox.failing:
+        text = f"results cannot be written: {outbox.failing}"
+        causes.append(Cause(code="outbox_failing", severity="failure", thing="outbox", text=text))
+    if outbox.dropped:
+        text = f"{outbox.dropped} results dropped by the quota since start"
+        causes.append(Cause(code="outbox_dropped", severity="maintenance_required", thing="outbox", text=text))
+    elif outbox.used > _OUTBOX_HIGH:
+        causes.append(Cause(code="outbox_full", severity="maintenance_required", thing="outbox",
+                            text=f"{outbox.used:.0%} of the results quota used"))  # fmt: skip
+    usage = shutil.disk_usage(state)
+    if usage.used / usage.total > _DISK_HIGH:
+        text = f"{usage.used / usage.total:.0%} of the disk used"
+        causes.append(Cause(code="disk_high", severity="maintenance_required", thing="disk", text=text))
+    return causes
+
+
+def assess(causes: Iterable[Cause], outbox: Counts, clock_facts: ClockFacts, dropped_messages: int) -> HealthMessage:
+    """The status is that of the gravest cause."""
+    reasons = sorted(causes, key=lambda cause: _ORDER.index(cause.severity))
+    return HealthMessage(
+        at=utc_now(),
+        status=reasons[0].severity if reasons else "normal",
+        reasons=tuple(reasons[:16]),
+        outbox=OutboxFacts(
+            pending=outbox.pending, used=round(outbox.used, 3), dropped=outbox.dropped, refused=outbox.refused
+        ),
+        clock=clock_facts,
+        dropped_messages=dropped_messages,
+    )

@@ -1,0 +1,239 @@
+"""MQTT topics and payloads: `ei/v1/{site}/{line}/{device}/...`, JSON, UTC. JSON Schemas of all of them ship.
+
+Subscribers ignore unknown fields; an added field keeps v1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel
+
+from edge_inspector.results import Moment, Reason, Result, Verdict
+from edge_inspector.schema import Field, TolerantModel, read_json, validate
+
+ROOT = "ei/v1"
+MAX_REQUEST_BYTES = 8192
+PlainId = Annotated[str, Field(pattern=r"^[\x21-\x7e]+$", min_length=1, max_length=128)]
+TopicLevel = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)]
+
+
+@dataclass(frozen=True)
+class Topics:
+    """The topics of one device."""
+
+    site: str
+    line: str
+    device: str
+
+    @property
+    def root(self) -> str:
+        return f"{ROOT}/{self.site}/{self.line}/{self.device}"
+
+    def of(self, *levels: str) -> str:
+        return "/".join((self.root, *levels))
+
+    def within(self, topic: str) -> tuple[str, ...]:
+        """The levels below this device's root; empty for a foreign topic."""
+        prefix = self.root + "/"
+        return tuple(topic[len(prefix) :].split("/")) if topic.startswith(prefix) else ()
+
+
+class TriggerRequest(TolerantModel):
+    """trigger/{station}: inspect one part now."""
+
+    trigger_id: PlainId
+    part_id: PlainId | None = None
+    product: PlainId | None = None
+    expires_at: Moment | None = None
+
+
+class VerdictMessage(TolerantModel):
+    """verdict/{station}: for the PLC. Useful until `expires_at`; absence means not ok."""
+
+    schema_: Literal["ei.verdict.v1"] = Field("ei.verdict.v1", alias="schema")
+    station: str
+    trigger_id: str
+    part_id: str | None = None
+    verdict: Verdict
+    reason: Reason
+    repeated: bool = Field(False, description="the answer to a trigger id that was judged before")
+    expires_at: Moment
+
+
+class Gap(TolerantModel):
+    """Results that a quota dropped: they will never come."""
+
+    schema_: Literal["ei.gap.v1"] = Field("ei.gap.v1", alias="schema")
+    station: str
+    stream: str
+    lo: int
+    hi: int
+    reason: Literal["quota"] = "quota"
+
+
+class Head(TolerantModel):
+    """head/{station}, retained: which results exist, so that a subscriber notices what it missed."""
+
+    schema_: Literal["ei.head.v1"] = Field("ei.head.v1", alias="schema")
+    station: str
+    stream: str
+    lo: int = Field(description="lowest seq still kept; 1 when nothing was ever dropped")
+    hi: int = Field(description="highest seq; 0 before the first result")
+    gaps: tuple[tuple[int, int], ...] = Field((), description="dropped ranges between lo and hi, newest last")
+    gaps_omitted: int = Field(0, description="older gaps left out here; a replay tells them")
+
+
+class ReplayRequest(TolerantModel):
+    """replay/{station}/request: send results lo..hi to replay/{station}/{client}."""
+
+    request_id: PlainId
+    client: TopicLevel
+    stream: PlainId
+    lo: int = Field(ge=1)
+    hi: int = Field(ge=1)
+
+
+class ReplayEnd(TolerantModel):
+    """Last message of a replay: what was answered. Ask again from hi + 1 for the rest."""
+
+    schema_: Literal["ei.replay-end.v1"] = Field("ei.replay-end.v1", alias="schema")
+    request_id: str
+    station: str
+    stream: str
+    lo: int
+    hi: int
+    error: str = ""
+
+
+class StateMessage(TolerantModel):
+    """state, retained; the last will says online: false."""
+
+    schema_: Literal["ei.state.v1"] = Field("ei.state.v1", alias="schema")
+    online: bool
+    session: str
+    at: Moment | None = None
+    version: str = ""
+    capabilities: tuple[str, ...] = ()
+    configuration_version: int | None = None
+
+
+class Ready(TolerantModel):
+    """ready/{station}, retained. States follow OPC 40100-1 (section 8.2, 8.3)."""
+
+    schema_: Literal["ei.ready.v1"] = Field("ei.ready.v1", alias="schema")
+    station: str
+    ready: bool
+    busy: bool = False
+    state: Literal["preoperational", "halted", "error", "initialized", "ready", "single_execution", "continuous_execution"]
+    reason: str = ""
+    product: str | None = None
+    recipe: str | None = None
+    session: str
+
+
+class Cause(TolerantModel):
+    """One thing that is wrong."""
+
+    code: str
+    severity: Literal["failure", "check_function", "off_spec", "maintenance_required"]
+    thing: str
+    text: str
+
+
+class OutboxFacts(TolerantModel):
+    """How full the outbox is."""
+
+    pending: int
+    used: float = Field(description="share of the quota in use")
+    dropped: int
+    refused: int
+
+
+class ClockFacts(TolerantModel):
+    """Whether the clock can be trusted."""
+
+    ok: bool
+    source: str
+    offset_ms: float | None = None
+
+
+class HealthMessage(TolerantModel):
+    """health, retained: NAMUR NE 107 status and its reasons."""
+
+    schema_: Literal["ei.health.v1"] = Field("ei.health.v1", alias="schema")
+    at: Moment
+    status: Literal["normal", "failure", "check_function", "off_spec", "maintenance_required"]
+    reasons: tuple[Cause, ...] = ()
+    outbox: OutboxFacts
+    clock: ClockFacts
+    dropped_messages: int = 0
+
+
+class Alert(TolerantModel):
+    """alert/{station}: something a person should know, raised and cleared."""
+
+    schema_: Literal["ei.alert.v1"] = Field("ei.alert.v1", alias="schema")
+    station: str
+    change: Literal["raised", "cleared"]
+    code: str
+    severity: Literal["failure", "check_function", "off_spec", "maintenance_required"]
+    text: str
+    result_id: str | None = None
+    at: Moment
+    expires_at: Moment
+
+
+class Command(TolerantModel):
+    """command/{name}; the answer goes to reply/{client}."""
+
+    request_id: PlainId
+    client: TopicLevel
+    station: PlainId
+    product: PlainId | None = None
+
+
+class ReplyError(TolerantModel):
+    """Why a command was refused."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+class Reply(TolerantModel):
+    """reply/{client}."""
+
+    schema_: Literal["ei.reply.v1"] = Field("ei.reply.v1", alias="schema")
+    request_id: str
+    ok: bool
+    error: ReplyError | None = None
+
+
+PUBLISHED: dict[str, type[BaseModel]] = {
+    "result": Result,
+    "verdict": VerdictMessage,
+    "gap": Gap,
+    "head": Head,
+    "replay-end": ReplayEnd,
+    "state": StateMessage,
+    "ready": Ready,
+    "health": HealthMessage,
+    "alert": Alert,
+    "reply": Reply,
+    "trigger": TriggerRequest,
+    "replay-request": ReplayRequest,
+    "command": Command,
+}
+M = TypeVar("M", bound=BaseModel)
+
+
+def encode(message: BaseModel) -> bytes:
+    """A payload's bytes."""
+    return message.model_dump_json(by_alias=True, exclude_none=True).encode()
+
+
+def decode(model: type[M], payload: bytes, topic: str) -> M:
+    """A payload's model. Raises SchemaError with every fault."""
+    return validate(model, read_json(payload, topic), topic)

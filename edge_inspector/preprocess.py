@@ -1,0 +1,215 @@
+"""Frame -> what the network sees. The one home of cropping, resizing and masking, offline and on the line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_inspector.bundles import InputSpec, TrainedOn
+from edge_inspector.errors import InspectorError
+from edge_inspector.frames import Pixels
+from edge_inspector.results import Region
+from edge_inspector.roi import Roi
+
+BLANK = 127
+"""What the network sees where nothing is judged."""
+_ASPECT_TOLERANCE = 0.05
+_INTERPOLATION = {"area": cv2.INTER_AREA, "linear": cv2.INTER_LINEAR}
+Scalar = TypeVar("Scalar", np.float32, np.uint8)
+Window = tuple[int, int]
+"""Intensities that become 0 and 255."""
+
+
+class FormatError(InspectorError):
+    """A frame does not have the size or depth that the recipe needs."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A square (or all) of the region, and where it lands in the network's input."""
+
+    x: int
+    y: int
+    w: int
+    h: int
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def _starts(length: int, tile: int, overlap: float) -> list[int]:
+    if length <= tile:
+        return [0]
+    count = math.ceil((length - tile * overlap) / (tile * (1 - overlap)))
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+def _tiles(spec: InputSpec, width: int, height: int) -> list[Tile]:
+    side = spec.tile
+    if side is None:
+        return [_placed(spec, 0, 0, width, height)]
+    return [
+        _placed(spec, x, y, min(side, width), min(side, height))
+        for y in _starts(height, side, spec.overlap)
+        for x in _starts(width, side, spec.overlap)
+    ]
+
+
+def _placed(spec: InputSpec, x: int, y: int, w: int, h: int) -> Tile:
+    if spec.fit == "stretch":
+        return Tile(x, y, w, h, 0, 0, spec.width, spec.height)
+    scale = min(spec.width / w, spec.height / h)
+    width, height = max(1, round(w * scale)), max(1, round(h * scale))
+    return Tile(x, y, w, h, (spec.width - width) // 2, (spec.height - height) // 2, width, height)
+
+
+def tile_count(spec: InputSpec, width: int, height: int) -> int:
+    """How many tiles a region of that size has: the engine's batch."""
+    return len(_tiles(spec, width, height))
+
+
+class Plan:
+    """Everything about one region of interest that does not change from frame to frame.
+
+    Made once per frame size; `fill` then works without allocating.
+    """
+
+    def __init__(self, spec: InputSpec, roi: Roi, height: int, width: int, window: Window | None = None) -> None:
+        """`height` and `width` are those of the frame. Raises FormatError if the region reaches outside."""
+        box = roi.box(height, width)
+        if box is None:
+            raise FormatError(
+                f"region of interest {roi.model_dump(exclude_none=True)} reaches outside a frame of {width}x{height}",
+                hint="correct the region, or the camera's width and height",
+            )
+        self.spec, self.box, self.size, self.window = spec, box, (height, width), window
+        self.tiles = _tiles(spec, box[2], box[3])
+        self.mask = roi.mask(box)
+        self.valid = self._valid()
+        self._blank = None if bool(self.valid.all()) else self.valid == 0
+        self._lut = _lut(window) if window else None
+        depth = () if spec.channels == 1 else (3,)
+        largest = (max(t.h for t in self.tiles), max(t.w for t in self.tiles))
+        self._largest = largest
+        self._levels: NDArray[np.uint8] | None = None
+        self._coloured = np.empty((*largest, *depth), np.uint8)
+
+    def buffers(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Fresh arrays for `fill`: images uint8 [tiles, H, W, C] and valid uint8 [tiles, H, W]."""
+        n, s = len(self.tiles), self.spec
+        return np.empty((n, s.height, s.width, s.channels), np.uint8), np.empty((n, s.height, s.width), np.uint8)
+
+    def _valid(self) -> NDArray[np.uint8]:
+        valid = np.zeros((len(self.tiles), self.spec.height, self.spec.width), np.uint8)
+        for out, t in zip(valid, self.tiles, strict=True):
+            target = out[t.top : t.top + t.height, t.left : t.left + t.width]
+            if self.mask is None:
+                target[:] = 1
+            else:
+                part = self.mask[t.y : t.y + t.h, t.x : t.x + t.w]
+                target[:] = cv2.resize(part, (t.width, t.height), interpolation=cv2.INTER_NEAREST)
+        return valid
+
+    def fill(self, image: Pixels, images: NDArray[np.uint8], valid: NDArray[np.uint8]) -> int:
+        """Cut, window, convert and resize one frame into the first rows of the buffers; returns how many rows.
+
+        image: uint8 or uint16 [H, W] or [H, W, 3] BGR. Raises FormatError for another size, or 16 bit without window.
+        """
+        if image.shape[:2] != self.size:
+            found, wanted = f"{image.shape[1]}x{image.shape[0]}", f"{self.size[1]}x{self.size[0]}"
+            raise FormatError(f"frame of {found}, expected {wanted}", hint="did the camera's settings change?")
+        if image.dtype != np.uint8 and self._lut is None:
+            raise FormatError(
+                f"{image.dtype} frame, but the recipe has no intensity_window",
+                hint="set intensity_window: [low, high] of this camera in the recipe, e.g. [0, 4095] for 12 bit",
+            )
+        x0, y0 = self.box[0], self.box[1]
+        for out, t in zip(images, self.tiles, strict=False):
+            crop = image[y0 + t.y : y0 + t.y + t.h, x0 + t.x : x0 + t.x + t.w]
+            target = out[t.top : t.top + t.height, t.left : t.left + t.width]
+            self._resize(self._convert(crop), target)
+        n = len(self.tiles)
+        np.copyto(valid[:n], self.valid)
+        if self._blank is not None:
+            images[:n][self._blank] = BLANK
+        return n
+
+    def _convert(self, crop: Pixels) -> Pixels:
+        """Intensities to 8 bit, then colours to the network's order, into buffers that stay."""
+        h, w = crop.shape[:2]
+        if self._lut is not None:
+            if self._levels is None or self._levels.ndim != crop.ndim:
+                self._levels = np.empty((*self._largest, *crop.shape[2:]), np.uint8)
+            crop = np.take(self._lut, crop, out=self._levels[:h, :w], mode="clip")
+        grey, order = crop.ndim == 2, self.spec.order  # noqa: PLR2004
+        if grey == (order == "grey") and order != "rgb":
+            return crop
+        code = cv2.COLOR_GRAY2BGR if grey else cv2.COLOR_BGR2GRAY if order == "grey" else cv2.COLOR_BGR2RGB
+        return cv2.cvtColor(crop, code, dst=self._coloured[:h, :w])
+
+    def _resize(self, crop: Pixels, target: NDArray[np.uint8]) -> None:
+        flat = target[:, :, 0] if self.spec.channels == 1 else target
+        if crop.shape[:2] == flat.shape[:2]:
+            np.copyto(flat, crop)
+            return
+        done = cv2.resize(crop, (flat.shape[1], flat.shape[0]), dst=flat, interpolation=_INTERPOLATION[self.spec.interpolation])
+        if done is not flat:  # a letterboxed target is no contiguous block that OpenCV could write into
+            np.copyto(flat, done)
+
+    def stitched(self, maps: NDArray[Scalar]) -> NDArray[Scalar]:
+        """Put per-tile outputs [tiles, h, w] or [tiles, h, w, C] back into the region: [h, w(, C)] in its own pixels.
+
+        Floats (anomaly maps) keep the larger value where tiles overlap.
+        """
+        _, _, w, h = self.box
+        floats = maps.dtype.kind == "f"
+        whole: NDArray[Scalar] = np.zeros((h, w, *maps.shape[3:]), maps.dtype)
+        fx, fy = maps.shape[2] / self.spec.width, maps.shape[1] / self.spec.height
+        for tile, t in zip(maps, self.tiles, strict=False):
+            top, left = round(t.top * fy), round(t.left * fx)
+            part = tile[top : top + max(1, round(t.height * fy)), left : left + max(1, round(t.width * fx))]
+            part = cv2.resize(part, (t.w, t.h), interpolation=cv2.INTER_LINEAR)
+            target = whole[t.y : t.y + t.h, t.x : t.x + t.w]
+            part = part.reshape(target.shape)
+            np.maximum(target, part, out=target) if floats else np.copyto(target, part)
+        if self.mask is not None and floats:
+            whole[self.mask == 0] = 0
+        return whole
+
+    def regions(self, anomaly: NDArray[np.float32], threshold: float, mm_per_px: float | None) -> tuple[Region, ...]:
+        """Connected areas of a stitched map above the threshold, strongest first, in pixels of the frame."""
+        above = (anomaly > threshold).astype(np.uint8)
+        if not above.any():  # the peak was lost when the map was brought to frame pixels: show where it is
+            above[np.unravel_index(int(anomaly.argmax()), anomaly.shape)] = 1
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(above, connectivity=8)
+        found = []
+        for label in range(1, count):
+            x, y, w, h, area = (int(value) for value in stats[label])
+            inside = labels[y : y + h, x : x + w] == label
+            peak = round(float(anomaly[y : y + h, x : x + w][inside].max()), 5)
+            area_mm2 = round(area * mm_per_px**2, 4) if mm_per_px else None
+            x_px, y_px = x + self.box[0], y + self.box[1]
+            found.append(Region(x_px=x_px, y_px=y_px, w_px=w, h_px=h, area_px=area, area_mm2=area_mm2, peak=peak))
+        return tuple(sorted(found, key=lambda region: region.peak, reverse=True))
+
+
+def _lut(window: Window) -> NDArray[np.uint8]:
+    low, high = window
+    levels = (np.arange(65536, dtype=np.float64) - low) * (255.0 / (high - low))
+    return np.clip(np.round(levels), 0, 255).astype(np.uint8)
+
+
+def refuse_unlike(trained: TrainedOn, spec: InputSpec, box: tuple[int, int, int, int]) -> None:
+    """Raise FormatError for a region that a whole-region network would see squashed otherwise than in training."""
+    aspect, expected = box[2] / box[3], trained.width_px / trained.height_px
+    if spec.tile is None and spec.fit == "stretch" and abs(aspect / expected - 1) > _ASPECT_TOLERANCE:
+        raise FormatError(
+            f"region of {box[2]}x{box[3]}, the bundle was trained on {trained.width_px}x{trained.height_px}",
+            hint="give the region the shape of the training pictures, or train on pictures like these",
+        )

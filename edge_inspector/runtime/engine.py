@@ -1,0 +1,85 @@
+"""The Engine protocol, and the self-test of a bundle on its own samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_inspector import pictures, preprocess, scoring
+from edge_inspector.bundles import Bundle, Sample
+from edge_inspector.errors import EngineError
+from edge_inspector.roi import Roi
+
+SCORE_TOLERANCE = 0.01
+"""Largest allowed |difference of score| / threshold between runtimes on a bundle's own samples."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a network says of a batch. The arrays are the engine's own: the next call overwrites them."""
+
+    score: NDArray[np.float32]
+    """[N]"""
+    map: NDArray[np.float32]
+    """[N, h, w]"""
+    expected: NDArray[np.uint8] | None
+    """[N, H, W, C] where the network draws what it expected."""
+
+
+class Engine(Protocol):
+    """Runs one bundle with a fixed batch. Opened and warmed in `__enter__`, off the hot path."""
+
+    bundle: Bundle
+    runtime: str
+    precision: str
+    batch: int
+    images: NDArray[np.uint8]
+    """Input buffer [batch, H, W, C]; write here, then call."""
+    valid: NDArray[np.uint8]
+    """Input buffer [batch, H, W]; 0 where nothing is judged."""
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def __call__(self) -> Outputs:
+        """Judge what lies in the input buffers. Raises EngineError."""
+        ...
+
+
+def sample_score(engine: Engine, sample: Sample) -> float:
+    """Score of one of the bundle's own pictures: the largest over its tiles. Raises PictureError, EngineError."""
+    manifest = engine.bundle.manifest
+    image = pictures.read(engine.bundle.folder / sample.file)
+    plan = preprocess.Plan(manifest.input, Roi(), *image.shape[:2], manifest.training.intensity_window)
+    images, valid = plan.buffers()
+    plan.fill(image, images, valid)
+    best = -np.inf
+    for start in range(0, len(images), engine.batch):
+        n = len(images[start : start + engine.batch])
+        engine.images[:n], engine.valid[:n] = images[start : start + n], valid[start : start + n]
+        best = max(best, float(engine().score[:n].max()))
+    return best
+
+
+def judge_samples(engine: Engine) -> list[float]:
+    """Judge every sample of the bundle; returns the scores. Raises EngineError at a flip or a score too far off."""
+    manifest = engine.bundle.manifest
+    scores = []
+    for sample in manifest.samples:
+        score = sample_score(engine, sample)
+        verdict, _ = scoring.judge(score, manifest.threshold)
+        if verdict is not sample.verdict or not abs(score - sample.score) <= SCORE_TOLERANCE * manifest.threshold:
+            raise EngineError(
+                f"bundle {manifest.name}: {sample.file} scores {score:.4g} ({verdict.value}),"
+                f" expected {sample.score:.4g} ({sample.verdict.value})",
+                hint="the network does not compute here what it did when trained; build or roll out the bundle again",
+            )
+        scores.append(score)
+    return scores
