@@ -122,7 +122,8 @@ class Inspector:
         plan = self._plans.get((camera, roi_name))
         if plan is None or plan.size != frame.image.shape[:2]:
             manifest = engine.bundle.manifest
-            plan = preprocess.Plan(manifest.input, roi.shape, *frame.image.shape[:2], recipe.intensity_window)
+            height, width = frame.image.shape[:2]
+            plan = preprocess.Plan(manifest.input, roi.shape, height, width, recipe.intensity_window)
             preprocess.refuse_unlike(manifest.training, manifest.input, plan.box)
             self._plans[camera, roi_name] = plan
         return plan

@@ -149,7 +149,7 @@ class Connection:
             return None
         properties = None
         if self.version == 5 and expires_s is not None:  # noqa: PLR2004
-            properties = Properties(PacketTypes.PUBLISH)
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
             properties.MessageExpiryInterval = max(1, round(expires_s))
         info = client.publish(topic, payload, qos=1, retain=retain, properties=properties)
         return None if info.rc != paho.MQTT_ERR_SUCCESS else self._generation << 16 | info.mid
@@ -216,7 +216,7 @@ class Connection:
     def _connect(self, client: paho.Client) -> None:
         properties = None
         if self.version == 5:  # noqa: PLR2004
-            properties = Properties(PacketTypes.CONNECT)
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = SESSION_EXPIRY_S
             properties.ReceiveMaximum = 100
         arguments: dict[str, Any] = {"clean_start": False, "properties": properties} if properties else {}
@@ -251,7 +251,7 @@ class Connection:
         if self._will is not None:
             properties = None
             if self.version == 5:  # noqa: PLR2004
-                properties = Properties(PacketTypes.WILLMESSAGE)
+                properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
                 properties.WillDelayInterval = WILL_DELAY_S
             client.will_set(self._will.topic, self._will.payload, qos=1, retain=True, properties=properties)
 
@@ -270,7 +270,7 @@ class Connection:
 
         def on_message(_c: paho.Client, _u: Any, message: paho.MQTTMessage) -> None:
             ack = (generation, message.mid, message.qos)
-            self._put(Message(message.topic, message.payload, message.retain, ack))
+            self._put(Message(message.topic, bytes(message.payload), message.retain, ack))
 
         client.on_connect = on_connect
         client.on_message = on_message

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from types import TracebackType
 
-import numpy as np
-
 from edge_inspector.cameras.source import Info, Source
 from edge_inspector.config import CameraConfig, Guards
 from edge_inspector.errors import CameraEnded, CameraError
@@ -68,7 +66,7 @@ class _Guard:
         if self.guards.dark_below and (mean := float(grid.mean())) < self.guards.dark_below:
             return Reason.DARK_IMAGE, f"mean intensity {mean:.1f}, at least {self.guards.dark_below:g} expected"
         if self.guards.frozen_frames:
-            crc = zlib.crc32(np.ascontiguousarray(image[::_GRID]))
+            crc = zlib.crc32(image[::_GRID].tobytes())
             self._same = self._same + 1 if crc == self._last else 0
             self._last = crc
             if self._same >= self.guards.frozen_frames:

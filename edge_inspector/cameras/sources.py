@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from edge_inspector.cameras.folder import FolderSource, VideoSource
@@ -11,7 +12,7 @@ from edge_inspector.cameras.source import Address, Source
 from edge_inspector.cameras.synthetic import LETHAL, SyntheticSource
 from edge_inspector.config import CameraConfig
 
-_KINDS = {"dir": FolderSource, "file": VideoSource, "synthetic": SyntheticSource}
+_KINDS: dict[str, Callable[[CameraConfig, Path], Source]] = {"dir": FolderSource, "file": VideoSource, "synthetic": SyntheticSource}
 
 
 def direct_source(config: CameraConfig, base: Path) -> Source:

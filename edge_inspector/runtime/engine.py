@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_inspector import pictures, preprocess, scoring
-from edge_inspector.bundles import Bundle, Sample
+from edge_inspector.bundles import Bundle
 from edge_inspector.errors import EngineError
+from edge_inspector.frames import Pixels
 from edge_inspector.roi import Roi
 
 SCORE_TOLERANCE = 0.01
@@ -53,11 +54,10 @@ class Engine(Protocol):
         ...
 
 
-def sample_score(engine: Engine, sample: Sample) -> float:
-    """Score of one of the bundle's own pictures: the largest over its tiles. Raises PictureError, EngineError."""
+def picture_score(engine: Engine, image: Pixels) -> float:
+    """Score of a whole picture (uint8 or uint16 [H, W] or [H, W, 3] BGR): the largest over its tiles."""
     manifest = engine.bundle.manifest
-    image = pictures.read(engine.bundle.folder / sample.file)
-    plan = preprocess.Plan(manifest.input, Roi(), *image.shape[:2], manifest.training.intensity_window)
+    plan = preprocess.Plan(manifest.input, Roi(), image.shape[0], image.shape[1], manifest.training.intensity_window)
     images, valid = plan.buffers()
     plan.fill(image, images, valid)
     best = -np.inf
@@ -73,7 +73,7 @@ def judge_samples(engine: Engine) -> list[float]:
     manifest = engine.bundle.manifest
     scores = []
     for sample in manifest.samples:
-        score = sample_score(engine, sample)
+        score = picture_score(engine, pictures.read(engine.bundle.folder / sample.file))
         verdict, _ = scoring.judge(score, manifest.threshold)
         if verdict is not sample.verdict or not abs(score - sample.score) <= SCORE_TOLERANCE * manifest.threshold:
             raise EngineError(

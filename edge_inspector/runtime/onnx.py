@@ -13,7 +13,7 @@ from edge_inspector.errors import EngineError
 from edge_inspector.runtime.engine import Outputs
 
 # What onnxruntime raises for a bad model or a failed run; it has no public base class.
-_FAULTS = (RuntimeError, ValueError, *(
+_FAULTS: tuple[type[Exception], ...] = (RuntimeError, ValueError, *(
     kind for kind in vars(onnxruntime.capi.onnxruntime_pybind11_state).values()
     if isinstance(kind, type) and issubclass(kind, Exception)
 ))  # fmt: skip

@@ -36,8 +36,8 @@ class Settings:
     width: int = 16
     batch: int = 16
     critic_steps: int = 3
-    gan_steps: int = 1000
-    encoder_steps: int = 1000
+    gan_steps: int = 800
+    encoder_steps: int = 2400
     learning_rate: float = 2e-4
     seed: int = 1
 

@@ -39,7 +39,8 @@ class _Up(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.interpolate(self.shortcut(x), scale_factor=2.0) + self.body(x)
+        grown: Tensor = functional.interpolate(self.shortcut(x), scale_factor=2.0) + self.body(x)
+        return grown
 
 
 class _Down(nn.Module):
@@ -57,7 +58,8 @@ class _Down(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shortcut(functional.avg_pool2d(x, 2)) + self.body(x)
+        shrunk: Tensor = self.shortcut(functional.avg_pool2d(x, 2)) + self.body(x)
+        return shrunk
 
 
 def _widths(size: int, width: int) -> list[int]:
@@ -151,7 +153,9 @@ class FanoganGraph(nn.Module):
         kernel = _gaussian(SMOOTHING_PX)
         self.reach = kernel.shape[-1] // 2
         self.register_buffer("kernel", kernel)
+        self.register_buffer("unit", torch.ones(()))
         self.kernel: Tensor
+        self.unit: Tensor
 
     def forward(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """image uint8 [N, S, S, C], valid uint8 [N, S, S] (0 = not judged) -> score [N], map [N, S, S], expected uint8."""
@@ -163,6 +167,6 @@ class FanoganGraph(nn.Module):
         local = functional.conv2d(residual, self.kernel, padding=self.reach) / weight.clamp(min=1e-3)
         deep = ((self.d.features(again) - self.d.features(x)) ** 2).mean(1, keepdim=True)
         deep = functional.interpolate(deep, scale_factor=float(self.size // 4), mode="bilinear", align_corners=False)
-        anomaly = (local + KAPPA * deep) * judged
+        anomaly = (local + KAPPA * deep) * judged / self.unit
         expected = ((again.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return anomaly.amax((1, 2, 3)), anomaly.squeeze(1), expected

@@ -1,0 +1,189 @@
+"""What `check` asks of a configuration and `doctor` of a machine. Each answer says what to do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from edge_inspector import health
+from edge_inspector.bundles import Bundle, in_folder, open_bundle
+from edge_inspector.config import Device, LineConfig, load_device, load_line
+from edge_inspector.errors import CameraError, InspectorError
+from edge_inspector.frames import Frame
+from edge_inspector.mqtt import probe, read_password, tls_context
+
+_CV2_HINT = "on a bare server: apt install libgl1 libglib2.0-0, or pip install opencv-python-headless instead"
+_FIRST_FRAME_S = 5.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer."""
+
+    thing: str
+    ok: bool
+    text: str
+    hint: str = ""
+    needed: bool = True
+
+
+def _faulty(thing: str, error: InspectorError) -> Finding:
+    return Finding(thing, False, error.message, error.hint)
+
+
+def check_device(config: Path) -> list[Finding]:
+    """Everything that device.yaml and line.yaml name, tried for real; every fault is told."""
+    try:
+        device = load_device(config)
+    except InspectorError as error:
+        return [_faulty(str(config), error)]
+    findings = [Finding(str(config), True, "valid"), _broker(device)]
+    try:
+        line = load_line(device.line_file)
+    except InspectorError as error:
+        return [*findings, _faulty(str(device.line_file), error)]
+    findings.append(Finding(str(device.line_file), True, f"valid, version {line.version}"))
+    bundles: dict[str, Bundle] = {}
+    for name in sorted(line.bundles):
+        findings.append(_bundle(device, name, bundles))
+    findings += _cameras(device, line, bundles)
+    return findings
+
+
+def _broker(device: Device) -> Finding:
+    broker = device.config.broker
+    thing = f"broker {broker.host}:{broker.port}"
+    try:
+        password = read_password(device.path(broker.password_file))
+        tls = broker.tls
+        context = None
+        if tls is not None:
+            context = tls_context(*(device.path(name) for name in (tls.ca_file, tls.cert_file, tls.key_file)))
+        return Finding(thing, True, f"answers, {probe(broker, password=password, tls=context)}")
+    except InspectorError as error:
+        return _faulty(thing, error)
+
+
+def _bundle(device: Device, name: str, bundles: dict[str, Bundle]) -> Finding:
+    from edge_inspector.runtime import OnnxEngine, judge_samples  # noqa: PLC0415 - loads ONNX Runtime
+
+    thing = f"bundle {name}"
+    try:
+        bundle = open_bundle(device.bundles / name, device.trust, clock_ok=health.clock().ok)
+        with OnnxEngine(bundle, threads=device.config.engine_threads) as engine:
+            judge_samples(engine)
+    except InspectorError as error:
+        known = ", ".join(in_folder(device.bundles)) or "none"
+        return Finding(thing, False, error.message, f"{error.hint}; bundles in {device.bundles}: {known}")
+    bundles[name] = bundle
+    manifest = bundle.manifest
+    return Finding(thing, True, f"release {manifest.release}, key {bundle.key_id}, its {len(manifest.samples)} samples judged right")
+
+
+def _cameras(device: Device, line: LineConfig, bundles: dict[str, Bundle]) -> Iterator[Finding]:
+    from edge_inspector.cameras import open_source  # noqa: PLC0415 - loads OpenCV
+
+    for station_name, station in line.stations.items():
+        for name, camera in station.cameras.items():
+            thing = f"camera {station_name}/{name}"
+            source = open_source(camera, device.folder)
+            try:
+                info = source.open()
+                frame = source.read(_FIRST_FRAME_S)
+                if frame is None:
+                    raise CameraError(f"{camera.uri}: opened, but gave no frame in {_FIRST_FRAME_S:g} s")
+                if frame.fault:
+                    raise CameraError(f"{camera.uri}: first frame: {frame.fault_detail}")
+                yield Finding(thing, True, f"{camera.uri}: {info}")
+            except InspectorError as error:
+                yield _faulty(thing, error)
+                continue
+            finally:
+                source.close()
+            for recipe_id in dict.fromkeys(station.products.values()):
+                yield from _recipe(line, recipe_id, name, frame, bundles)
+
+
+def _recipe(
+    line: LineConfig, recipe_id: str, camera: str, frame: Frame, bundles: dict[str, Bundle]
+) -> Iterator[Finding]:
+    """Does a recipe fit what the camera delivers?"""
+    from edge_inspector.preprocess import Plan, refuse_unlike  # noqa: PLC0415
+
+    recipe = line.recipes[recipe_id].cameras.get(camera)
+    for roi_name, roi in recipe.rois.items() if recipe else ():
+        bundle = bundles.get(roi.bundle)
+        if recipe is None or bundle is None:
+            continue
+        thing = f"recipe {recipe_id}, camera {camera}, roi {roi_name}"
+        try:
+            height, width = frame.image.shape[:2]
+            plan = Plan(bundle.manifest.input, roi.shape, height, width, recipe.intensity_window)
+            refuse_unlike(bundle.manifest.training, bundle.manifest.input, plan.box)
+            plan.fill(frame.image, *plan.buffers())
+            yield Finding(thing, True, f"fits, {len(plan.tiles)} tile(s) for bundle {roi.bundle}")
+        except InspectorError as error:
+            yield _faulty(thing, error)
+
+
+# --- the machine ---------------------------------------------------------------------------------------------------------
+
+
+def _package(name: str, module: str, *, needed: bool, hint: str) -> Finding:
+    try:
+        import_module(module)
+        return Finding(name, True, version(name), needed=needed)
+    except PackageNotFoundError:
+        return Finding(name, True, "from the system", needed=needed)
+    except Exception as error:  # noqa: BLE001 - a broken library may raise anything when it is imported
+        return Finding(name, False, str(error).splitlines()[0][:100], hint, needed)
+
+
+def check_machine() -> list[Finding]:
+    """Python, libraries, clock, disk, GPU, broker: what is here, and what a missing thing is for."""
+    known = sys.version_info >= (3, 10)
+    here = shutil.disk_usage(Path.cwd())
+    clock = health.clock()
+    findings = [
+        Finding("Python", known, platform.python_version(), "" if known else "Python 3.10 or newer is needed"),
+        Finding("machine", True, f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}"),
+        _package("opencv-python", "cv2", needed=True, hint=_CV2_HINT),
+        _package("onnxruntime", "onnxruntime", needed=True, hint="pip install onnxruntime"),
+        _package("paho-mqtt", "paho.mqtt.client", needed=True, hint="pip install paho-mqtt"),
+        _package("amqtt", "amqtt", needed=False, hint='for the demo: pip install "edge-inspector[demo]"'),
+        _package("torch", "torch", needed=False, hint='for training: pip install "edge-inspector[train]"'),
+        _gpu(),
+        _local_broker(),
+        Finding("clock", clock.ok, clock.source, "" if clock.ok else "start a time service (systemd-timesyncd, chrony); "
+                "until then results say clock_ok: false", needed=False),  # fmt: skip
+        Finding("disk", here.free > 1 << 30, f"{here.free / (1 << 30):.1f} GB free here", "" if here.free > 1 << 30 else
+                "results and pictures need room: free at least 1 GB"),  # fmt: skip
+        Finding("systemd", Path("/run/systemd/system").exists(), "running" if Path("/run/systemd/system").exists() else
+                "not running", "needed only to run as a service", needed=False),  # fmt: skip
+    ]
+    return [f if not f.ok else Finding(f.thing, True, f.text, needed=f.needed) for f in findings]
+
+
+def _gpu() -> Finding:
+    devices = sorted(str(path) for path in Path("/dev").glob("nvidia*")) or sorted(
+        str(path) for path in Path("/dev").glob("nvhost-gpu")
+    )
+    hint = "networks run on the CPU with ONNX Runtime"
+    return Finding("NVIDIA GPU", bool(devices), ", ".join(devices[:3]) or "none seen", hint, needed=False)
+
+
+def _local_broker() -> Finding:
+    try:
+        with socket.create_connection(("127.0.0.1", 1883), 0.5):
+            return Finding("broker on 127.0.0.1:1883", True, "answers", needed=False)
+    except OSError as error:
+        hint = "fine if yours is elsewhere; else: apt install mosquitto"
+        return Finding("broker on 127.0.0.1:1883", False, error.strerror or str(error), hint, needed=False)

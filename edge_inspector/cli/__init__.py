@@ -1,0 +1,33 @@
+"""`edge-inspector`: one verb, one function. stdout is for data, stderr for people."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from edge_inspector.cli import offline, online
+from edge_inspector.cli.shown import complain
+from edge_inspector.errors import InspectorError
+
+app = typer.Typer(
+    name="edge-inspector",
+    help="Visual inspection on the line: camera frames in, pass/fail per part over MQTT.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for _verb in (online.init, online.check, online.run, online.demo, online.doctor, online.watch, online.schema):
+    app.command()(_verb)
+for _offline_verb in (offline.train, offline.evaluate, offline.inspect, offline.bench, offline.keygen, offline.sign):
+    app.command()(_offline_verb)
+
+
+def main() -> None:
+    """Entry point. Exit code 2: trouble, explained on stderr."""
+    try:
+        app()
+    except InspectorError as error:
+        complain(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

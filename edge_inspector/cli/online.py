@@ -1,0 +1,194 @@
+"""Verbs for the device: init, check, run, demo, doctor, watch, schema."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import tempfile
+import threading
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from edge_inspector.cli.shown import ConfigOption, JsonOption, err, one_line, out, print_json, start_logging
+from edge_inspector.errors import InspectorError
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="where to put the configuration")] = Path(),
+) -> None:
+    """Write a commented device.yaml and line.yaml, and a signing key that this device trusts."""
+    from edge_inspector import bundles  # noqa: PLC0415 - verbs load what they need
+
+    for name in ("device.yaml", "line.yaml"):
+        if (folder / name).exists():
+            raise InspectorError(f"{folder / name}: exists already", hint="init never overwrites; choose another folder")
+    try:
+        for part in ("bundles", "trust", "keys"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        for name in ("device.yaml", "line.yaml"):
+            (folder / name).write_text(resources.files("edge_inspector.cli").joinpath(f"templates/{name}").read_text())
+    except OSError as error:
+        raise InspectorError(f"{folder}: {error.strerror}", hint="choose a folder that can be written") from error
+    key = folder / "keys" / "signing.key"
+    if not key.exists():
+        bundles.create_key(key, folder / "trust")
+    err.print(f"wrote {folder / 'device.yaml'}, {folder / 'line.yaml'} and {key}, which this device trusts")
+    err.print("next:")
+    err.print("  edge-inspector train PICTURES_OF_GOOD_PARTS --product my-product   (makes bundles/my-product)")
+    err.print("  edge-inspector check                                               (says what is missing)")
+    err.print("  edge-inspector run")
+
+
+def check(config: ConfigOption = Path("device.yaml"), as_json: JsonOption = False) -> None:
+    """Validate the configuration and everything it names: broker, cameras, bundles. Prints every fault."""
+    from edge_inspector.checks import check_device  # noqa: PLC0415
+
+    findings = check_device(config)
+    if as_json:
+        print_json([{"thing": f.thing, "ok": f.ok, "text": f.text, "hint": f.hint} for f in findings])
+    else:
+        for finding in findings:
+            out.print(f"[green]ok[/green]     {escape(finding.thing)}: {escape(finding.text)}" if finding.ok
+                      else f"[red]fault[/red]  {escape(finding.thing)}: {escape(finding.text)}")  # fmt: skip
+            if finding.hint:
+                out.print(f"         hint: {escape(finding.hint)}")
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+def run(config: ConfigOption = Path("device.yaml"), verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False) -> None:
+    """Run the daemon. SIGTERM stops it, SIGHUP reads line.yaml again."""
+    from edge_inspector import daemon  # noqa: PLC0415
+    from edge_inspector.config import load_device, load_line  # noqa: PLC0415
+
+    start_logging(verbose=verbose)
+    device = load_device(config)
+    line = load_line(device.line_file)
+    stop, reload = threading.Event(), threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    signal.signal(signal.SIGHUP, lambda *_: reload.set())
+    log = logging.getLogger("edge_inspector")
+    daemon.run(device, line, stop, reload, on_ready=lambda: log.info("ready: %s", ", ".join(line.stations)))
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(help="where to keep pictures of failed parts")] = Path("demo-out"),
+    engines: Annotated[Path | None, typer.Option(help="the folder that holds the demo's bundle and recording")] = None,
+) -> None:
+    """Run the whole line on a shipped recording: camera, network, outbox and MQTT, in this process."""
+    from edge_inspector import demo as line  # noqa: PLC0415
+    from edge_inspector.results import Result  # noqa: PLC0415
+
+    logging.basicConfig(level=logging.ERROR)
+    where = engines or line.assets(Path(__file__).resolve().parents[2])
+    kept: list[Path] = []
+
+    def show(result: Result, kind: str, picture: Path | None) -> None:
+        out.print(f"{one_line(result)}  [dim]in truth: {escape(kind)}[/dim]")
+        if picture is not None:
+            kept.append(picture)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="run-") as scratch:
+        summary = line.run(Path(scratch), where.resolve(), show)
+        pictures = folder / "failed"
+        pictures.mkdir(exist_ok=True)
+        for old in pictures.glob("*.png"):
+            old.unlink()
+        saved = [p.replace(pictures / p.name) for p in kept if p.exists()]
+    counts = ", ".join(f"{summary.verdicts[v]} {v}" for v in ("pass", "fail", "undecided"))
+    out.print()
+    out.print(f"[bold]{summary.parts} parts in {summary.wall_s:.1f} s: {counts}[/bold]")
+    out.print(f"against the truth: {summary.false_rejects} of {summary.good} good parts rejected, "
+              f"{summary.escapes} of {summary.bad} defective parts passed")  # fmt: skip
+    out.print(f"{len(saved)} pictures of failed parts (seen, anomaly map, expected): {pictures}")
+    out.print()
+    out.print("go on with your own parts:")
+    out.print("  edge-inspector init my-line && cd my-line          configuration and a signing key")
+    out.print('  pip install "edge-inspector\\[train]"               (from this folder: pip install ".\\[train]")')
+    out.print("  edge-inspector train PICTURES --product my-product  from pictures of good parts only")
+    out.print("  edit device.yaml (broker) and line.yaml (camera: v4l2:///dev/video0, rtsp://...), then")
+    out.print("  edge-inspector check && edge-inspector run")
+    out.print("  as a service: see systemd/README.md")
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Look at this machine: what works, what is missing, what to install."""
+    from edge_inspector.checks import check_machine  # noqa: PLC0415
+
+    findings = check_machine()
+    if as_json:
+        print_json([{"thing": f.thing, "ok": f.ok, "needed": f.needed, "text": f.text, "hint": f.hint} for f in findings])
+    else:
+        table = Table(box=None, header_style="bold")
+        for column in ("", "what", "found", "what to do"):
+            table.add_column(column, overflow="fold")
+        for f in findings:
+            mark = "[green]ok[/green]" if f.ok else "[red]missing[/red]" if f.needed else "[yellow]not here[/yellow]"
+            table.add_row(mark, escape(f.thing), escape(f.text), escape(f.hint))
+        out.print(table)
+    raise typer.Exit(0 if all(f.ok or not f.needed for f in findings) else 1)
+
+
+def watch(
+    config: ConfigOption = Path("device.yaml"),
+    station: Annotated[str | None, typer.Option(help="only this station")] = None,
+    state: Annotated[Path | None, typer.Option(help="remember here what was seen, and go on from there")] = None,
+    start: Annotated[str, typer.Option(help="all: from the oldest result kept; new: from now on")] = "new",
+    seconds: Annotated[float, typer.Option(help="stop after so long; 0: never")] = 0.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Follow results over MQTT: each once and in order, missed ones replayed; and alerts and readiness."""
+    from edge_inspector.config import load_device  # noqa: PLC0415
+    from edge_inspector.daemon import connection_of, topics_of  # noqa: PLC0415
+    from edge_inspector.subscriber import Subscriber  # noqa: PLC0415
+
+    if start not in ("all", "new"):
+        raise InspectorError(f"--start {start!r}: must be all or new")
+    begin: Literal["all", "new"] = "all" if start == "all" else "new"
+    device = load_device(config)
+    topics = topics_of(device)
+    client = f"watch-{threading.get_native_id()}"
+    others = (topics.of("alert", "+"), topics.of("ready", "+"), topics.of("state"), topics.of("health"))
+
+    def other(levels: tuple[str, ...], payload: bytes) -> None:
+        if not as_json:
+            err.print(f"{'/'.join(levels)}  {escape(payload.decode(errors='replace'))}", style="dim")
+
+    end = time.monotonic() + (seconds or float("inf"))
+    with connection_of(device, client, (*Subscriber.subscriptions(topics, client), *others)) as connection:
+        if not connection.connected.wait(6.0):
+            err.print(f"no broker yet: {connection.refusal or connection.endpoint}; waiting", style="yellow")
+        subscriber = Subscriber(connection, topics, client=client, state=state, start=begin, on_other=other)
+        try:
+            while time.monotonic() < end:
+                for result in subscriber.results(timeout_s=min(1.0, max(0.1, end - time.monotonic()))):
+                    if station in (None, result.station):
+                        print(result.payload().decode(), flush=True) if as_json else out.print(one_line(result))  # noqa: T201
+                    if time.monotonic() > end:
+                        break
+        finally:
+            subscriber.save()
+
+
+def schema(
+    name: Annotated[str | None, typer.Argument(help="one of them; none: list them")] = None,
+) -> None:
+    """Print the JSON Schema of a document or message."""
+    from edge_inspector.documents import SCHEMAS  # noqa: PLC0415
+    from edge_inspector.schema import json_schema  # noqa: PLC0415
+
+    if name is None:
+        for known in SCHEMAS:
+            out.print(known)
+    elif name in SCHEMAS:
+        print_json(json_schema(SCHEMAS[name]))
+    else:
+        raise InspectorError(f"no schema {name!r}", hint=f"there are: {', '.join(SCHEMAS)}")
+

@@ -1,0 +1,61 @@
+"""What verbs share in talking to people and programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from edge_inspector.errors import InspectorError
+from edge_inspector.results import Result, Verdict
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.UNDECIDED: "yellow"}
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the device.yaml")]
+TrustOption = Annotated[Path, typer.Option(help="folder of public keys whose bundles may run")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+BundleArgument = Annotated[Path, typer.Argument(help="folder of the bundle")]
+
+
+def complain(error: InspectorError) -> None:
+    """An error and its hint, for people."""
+    err.print("error: ", error.message, sep="", style="red", markup=False)
+    if error.hint:
+        err.print("hint:  ", error.hint, sep="", markup=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def start_logging(*, verbose: bool = False) -> None:
+    """Log to stderr; under systemd without the time, which the journal adds."""
+    stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, format=f"{stamp}%(levelname)s %(threadName)s: %(message)s"
+    )
+
+
+def one_line(result: Result) -> str:
+    """A result for people, with rich's colours."""
+    colour = COLOURS[result.verdict]
+    words = [f"[{colour}]{result.verdict.value:<9}[/{colour}]", f"{result.part_id or result.trigger_id:<28}"]
+    worst = max(result.findings, key=lambda f: f.score if f.score is not None else -1.0, default=None)
+    if worst is not None and worst.score is not None:
+        words.append(f"score {worst.score:6.2f} of {worst.threshold:.2f}")
+    if worst is not None and worst.regions:
+        region = worst.regions[0]
+        words.append(f"at x {region.x_px} y {region.y_px}, {region.w_px}x{region.h_px} px")
+    if result.verdict is Verdict.UNDECIDED:
+        words.append(f"{result.reason.value}: {result.detail}")
+    words.append(f"[dim]{result.times_ms.total:.1f} ms[/dim]")
+    return "  ".join(words)

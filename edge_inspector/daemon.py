@@ -1,0 +1,240 @@
+"""The daemon: everything wired on one ExitStack, entered in order, left in reverse."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from importlib.metadata import version
+
+from edge_inspector import health, messages, preprocess, systemd
+from edge_inspector.broker import ALERT_EXPIRES_S, Broker
+from edge_inspector.bundles import Bundle, open_bundle
+from edge_inspector.cameras import open_source
+from edge_inspector.config import Device, LineConfig, StationConfig, load_line
+from edge_inspector.errors import InspectorError
+from edge_inspector.evidence import EvidenceStore
+from edge_inspector.frames import utc_now
+from edge_inspector.messages import Alert, Cause, ClockFacts, StateMessage, Topics
+from edge_inspector.mqtt import Connection, Will, read_password, tls_context
+from edge_inspector.outbox import Outbox
+from edge_inspector.runtime import Engine, OnnxEngine
+from edge_inspector.station import Setting, Station
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 5.0
+"""A critical loop that has not ticked for so long hangs; systemd's WatchdogSec must be longer."""
+MAX_BATCH = 16
+_LOOK_S = 0.5
+
+
+def topics_of(device: Device) -> Topics:
+    """The topics of a device."""
+    identity = device.config.identity
+    return Topics(identity.site, identity.line, identity.device)
+
+
+def connection_of(
+    device: Device, client_id: str, subscriptions: tuple[str, ...] = (), will: Will | None = None
+) -> Connection:
+    """A connection to the device's broker, not entered yet. Raises BrokerError for unreadable credentials."""
+    broker = device.config.broker
+    tls = None
+    if broker.tls is not None:
+        tls = tls_context(*(device.path(name) for name in (broker.tls.ca_file, broker.tls.cert_file, broker.tls.key_file)))
+    password = read_password(device.path(broker.password_file))
+    return Connection(broker, client_id, subscriptions=subscriptions, will=will, password=password, tls=tls)
+
+
+def batch_of(bundle: Bundle, line: LineConfig) -> int:
+    """Tiles of the largest region that this bundle judges: they go through the network together."""
+    trained, spec = bundle.manifest.training, bundle.manifest.input
+    sizes = [(trained.width_px, trained.height_px)]
+    for recipe in line.recipes.values():
+        for roi in (roi for camera in recipe.cameras.values() for roi in camera.rois.values()):
+            box = roi.box(65536, 65536) if roi.bundle == bundle.manifest.name else None
+            if box is not None and (roi.rectangle or roi.polygon):
+                sizes.append(box[2:])
+    return min(MAX_BATCH, max(preprocess.tile_count(spec, *size) for size in sizes))
+
+
+def open_engine(device: Device, line: LineConfig, name: str) -> Engine:
+    """The engine of a bundle, verified, not entered yet. Raises BundleError."""
+    bundle = open_bundle(device.bundles / name, device.trust, clock_ok=health.clock().ok)
+    return OnnxEngine(bundle, batch=batch_of(bundle, line), threads=device.config.engine_threads)
+
+
+@dataclass
+class _Alarms:
+    """Turns causes that come and go into alerts raised and cleared."""
+
+    broker: Broker
+    stations: Mapping[str, Station]
+    open: dict[tuple[str, str], Cause] = field(default_factory=dict)
+
+    def update(self, causes: list[Cause]) -> None:
+        now = {(cause.thing, cause.code): cause for cause in causes}
+        for key in now.keys() - self.open.keys():
+            self._tell(now[key], "raised")
+        for key in self.open.keys() - now.keys():
+            self._tell(self.open[key], "cleared")
+        self.open = now
+
+    def _tell(self, cause: Cause, change: str) -> None:
+        station = cause.thing.split("/")[0]
+        at = utc_now()
+        self.broker.alert(
+            Alert.model_validate({
+                "schema": "ei.alert.v1", "station": station if station in self.stations else "device", "change": change,
+                "code": cause.code, "severity": cause.severity, "text": f"{cause.thing}: {cause.text}", "at": at,
+                "expires_at": at + timedelta(seconds=ALERT_EXPIRES_S),
+            })
+        )  # fmt: skip
+
+
+class _Line:
+    """One line configuration in force: its stations, broker and outbox, from start to stop or reload."""
+
+    def __init__(self, device: Device, line: LineConfig, stack: ExitStack) -> None:
+        self.device, self.line = device, line
+        self.session = secrets.token_hex(4)
+        self.watchdog = systemd.Watchdog(PATIENCE_S)
+        self._clock = health.clock()
+        topics = topics_of(device)
+        state = StateMessage(
+            online=True, session=self.session, at=utc_now(), version=version("edge-inspector"),
+            capabilities=("onnxruntime",), configuration_version=line.version,
+        )  # fmt: skip
+        offline = StateMessage(online=False, session=self.session)
+        self.outbox = Outbox(
+            device.state, line.stations, quota_mb=device.config.storage.results_mb, tick=self.watchdog.loop("outbox")
+        )
+        evidence = EvidenceStore(device.state / "evidence", device.config.storage.evidence_mb)
+        self.connection = connection_of(
+            device, "-".join(("ei", *topics.root.split("/")[2:])), Broker.subscriptions(topics),
+            Will(topics.of("state"), messages.encode(offline)),
+        )  # fmt: skip
+        self.stations = {
+            name: Station(name, config, self._setting(evidence, config)) for name, config in line.stations.items()
+        }
+        self.broker = Broker(self.connection, topics, self.outbox, self.stations, tick=self.watchdog.loop("broker"))
+        self.alarms = _Alarms(self.broker, self.stations)
+        for part in (self.outbox, evidence, self.connection, self.broker):
+            stack.enter_context(part)
+        stack.callback(self.broker.retain, offline, "state")
+        self.broker.retain(state, "state")
+        for station in self.stations.values():
+            station.voice = self.broker
+            station.announce()
+            stack.enter_context(station)
+
+    def _setting(self, evidence: EvidenceStore, config: StationConfig) -> Setting:
+        return Setting(
+            outbox=self.outbox, evidence=evidence, recipes=self.line.recipes, configuration=self.line.reference(),
+            session=self.session,
+            make_source=lambda name: open_source(config.cameras[name], self.device.folder),
+            open_engine=partial(open_engine, self.device, self.line), clock_ok=lambda: self._clock.ok,
+            watch=self.watchdog.loop, forget=self.watchdog.forget,
+        )  # fmt: skip
+
+    def look(self, extra: list[Cause]) -> None:
+        """Ping systemd, tell health and alarms. Raises the failure of any thread that ended."""
+        for failure in (self.outbox.failure, self.broker.failure, *(s.failure for s in self.stations.values())):
+            if failure is not None:
+                raise InspectorError(f"a thread ended: {failure}", hint="see the log above") from failure
+        hanging = self.watchdog.ping()
+        causes = [*extra, *health.storage_causes(self.outbox.counts, self.device.state)]
+        causes += [cause for station in self.stations.values() for cause in station.causes()]
+        causes += [Cause(code="hanging", severity="failure", thing=name, text="does not answer") for name in hanging]
+        self._clock = health.clock()
+        self.alarms.update(causes)
+        self.broker.retain(self._health(causes, self._clock), "health")
+        systemd.notify(f"STATUS={self.summary()}")
+
+    def _health(self, causes: list[Cause], clock: ClockFacts) -> messages.HealthMessage:
+        told = health.assess(causes, self.outbox.counts, clock, self.broker.refused + self.connection.dropped)
+        # Time to the minute: health is published when it changes, not twice a second.
+        return told.model_copy(update={"at": told.at.replace(second=0, microsecond=0)})
+
+    def summary(self) -> str:
+        """One line for `systemctl status`."""
+        parts = [
+            f"{name}: {s.counts.passed} pass, {s.counts.failed} fail, {s.counts.undecided} undecided"
+            for name, s in self.stations.items()
+        ]
+        broker = "connected" if self.connection.connected.is_set() else f"no broker ({self.connection.refusal})"
+        return "; ".join([*parts, broker, f"{self.outbox.counts.pending} results to send"])
+
+
+@contextmanager
+def _alone(device: Device) -> Iterator[None]:
+    """Hold the state folder's lock. Raises InspectorError while another daemon holds it."""
+    try:
+        device.state.mkdir(parents=True, exist_ok=True)
+        with (device.state / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError as error:
+        raise InspectorError(
+            f"{device.state}: another edge-inspector runs on this state folder", hint="stop it first: systemctl status"
+        ) from error
+    except OSError as error:
+        raise InspectorError(f"{device.state}: {error.strerror}", hint="check the state folder's permissions") from error
+
+
+def run(
+    device: Device,
+    line: LineConfig,
+    stop: threading.Event,
+    reload: threading.Event,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+    until_ended: bool = False,
+) -> None:
+    """Run the line until `stop` is set; `reload` makes it read line.yaml again. Blocks.
+
+    `until_ended`: stop by itself once every station has judged its recording. Raises InspectorError.
+    """
+    with _alone(device):
+        refused: list[Cause] = []
+        while not stop.is_set():
+            reload.clear()
+            with ExitStack() as stack:
+                current = _Line(device, line, stack)
+                systemd.notify("READY=1")
+                on_ready()
+                changed = _serve(current, stop, reload, refused, until_ended=until_ended)
+                systemd.notify("STOPPING=1" if changed is None else "RELOADING=1")
+            if changed is None:
+                return
+            line = changed
+
+
+def _serve(
+    current: _Line, stop: threading.Event, reload: threading.Event, refused: list[Cause], *, until_ended: bool
+) -> LineConfig | None:
+    """Look after a line until it ends; returns the configuration to go on with, or None to stop."""
+    while not stop.wait(_LOOK_S):
+        current.look(refused)
+        if until_ended and all(station.ended.is_set() for station in current.stations.values()):
+            return None
+        if reload.is_set():
+            reload.clear()
+            try:
+                line = load_line(current.device.line_file)
+            except InspectorError as error:
+                log.error("configuration refused, the old one stays in force: %s", error)
+                refused[:] = [
+                    Cause(code="configuration_refused", severity="maintenance_required", thing="line.yaml", text=str(error)[:500])
+                ]
+                continue
+            refused.clear()
+            return line
+    return None
