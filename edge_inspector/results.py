@@ -93,9 +93,9 @@ class Finding(TolerantModel):
     frame: int = 0
     verdict: Verdict
     reason: Reason
-    score: float | None
+    score: float | None = None
     threshold: float
-    ratio: float | None
+    ratio: float | None = None
     bundle: BundleRef
     engine: EngineRef
     regions: tuple[Region, ...] = ()

@@ -106,6 +106,7 @@ def _bundle(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     draft = _draft(order, surveyed, spec)
+    graph.cpu().balance(torch.from_numpy(data.load_tiles(surveyed.held_out, spec, Roi(), order.intensity_window)))
     export.export(graph, part / bundles.NETWORK, tiles[:1])
     with OnnxEngine(Bundle(part, draft, "", "")) as engine:
         raw = calibrate.scores(engine, surveyed.held_out)

@@ -17,6 +17,7 @@ from torch.nn import functional
 LATENT = 128
 KAPPA = 1.0
 SMOOTHING_PX = 2.0
+SLOW_PX = 15
 
 
 def _normalised(channels: int, kind: str) -> nn.Module:
@@ -143,8 +144,10 @@ class FanoganGraph(nn.Module):
     """The one graph that is exported: pixels in, score, map and expected appearance out.
 
     The anomaly score of the paper, A(x) = picture residual + KAPPA * feature residual (eq. 5), is an average over the
-    whole picture, in which a speck drowns. Here the same two terms are kept per place: their sum, smoothed, is the
-    map, and the score is its maximum over the valid pixels. Scores are divided by `unit`, set by calibration.
+    whole picture, in which a speck drowns. Here the same two terms are kept per place, and three things differ:
+    the picture residual is taken without its slow part (a box of SLOW_PX), because brightness and tint of a whole area
+    are the lamp's and not a defect's; both terms are brought to one scale, their 99th percentile over good pictures
+    (`balance`), because critic features have no unit; the score is the maximum over the valid pixels.
     """
 
     def __init__(self, g: Generator, d: Shrinker, e: Shrinker, size: int) -> None:
@@ -153,20 +156,47 @@ class FanoganGraph(nn.Module):
         kernel = _gaussian(SMOOTHING_PX)
         self.reach = kernel.shape[-1] // 2
         self.register_buffer("kernel", kernel)
+        self.register_buffer("box", torch.full((1, 1, SLOW_PX, SLOW_PX), 1.0 / SLOW_PX**2))
+        self.register_buffer("picture_unit", torch.ones(()))
+        self.register_buffer("feature_unit", torch.ones(()))
         self.register_buffer("unit", torch.ones(()))
         self.kernel: Tensor
+        self.box: Tensor
+        self.picture_unit: Tensor
+        self.feature_unit: Tensor
         self.unit: Tensor
+        """What scores are divided by: calibration makes the median good part 1."""
+
+    def _terms(self, x: Tensor, judged: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
+        """Picture and feature residual per place, [N, 1, S, S] each."""
+        residual = (again - x) * judged
+        share = functional.conv2d(judged, self.box, padding=SLOW_PX // 2).clamp(min=1e-3)
+        slow = functional.avg_pool2d(residual, SLOW_PX, 1, SLOW_PX // 2) / share
+        quick = ((residual - slow) ** 2).mean(1, keepdim=True) * judged
+        weight = functional.conv2d(judged, self.kernel, padding=self.reach).clamp(min=1e-3)
+        picture = functional.conv2d(quick, self.kernel, padding=self.reach) / weight
+        deep = ((self.d.features(again) - self.d.features(x)) ** 2).mean(1, keepdim=True)
+        deep = functional.interpolate(deep, scale_factor=float(self.size // 4), mode="bilinear", align_corners=False)
+        return picture, deep
+
+    @torch.no_grad()
+    def balance(self, image: Tensor) -> None:
+        """Set the terms' units from good pictures that the networks were not fitted to: uint8 [N, S, S, C]."""
+        peaks = []
+        for part in image.split(64):
+            x = part.float().permute(0, 3, 1, 2) / 127.5 - 1
+            terms = self._terms(x, torch.ones_like(x[:, :1]), self.g(self.e(x)))
+            peaks.append(torch.stack([term.amax((1, 2, 3)) for term in terms]))
+        picture, feature = torch.cat(peaks, 1).quantile(0.99, dim=1)
+        self.picture_unit.copy_(picture)
+        self.feature_unit.copy_(feature)
 
     def forward(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """image uint8 [N, S, S, C], valid uint8 [N, S, S] (0 = not judged) -> score [N], map [N, S, S], expected uint8."""
         x = image.float().permute(0, 3, 1, 2) / 127.5 - 1
         judged = valid.float().unsqueeze(1).clamp(max=1.0)
         again = self.g(self.e(x))
-        residual = ((again - x) ** 2).mean(1, keepdim=True) * judged
-        weight = functional.conv2d(judged, self.kernel, padding=self.reach)
-        local = functional.conv2d(residual, self.kernel, padding=self.reach) / weight.clamp(min=1e-3)
-        deep = ((self.d.features(again) - self.d.features(x)) ** 2).mean(1, keepdim=True)
-        deep = functional.interpolate(deep, scale_factor=float(self.size // 4), mode="bilinear", align_corners=False)
-        anomaly = (local + KAPPA * deep) * judged / self.unit
+        picture, deep = self._terms(x, judged, again)
+        anomaly = (picture / self.picture_unit + KAPPA * deep / self.feature_unit) * judged / self.unit
         expected = ((again.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return anomaly.amax((1, 2, 3)), anomaly.squeeze(1), expected

@@ -1,0 +1,32 @@
+"""Fixtures: brokers for real."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_inspector.demo import EmbeddedBroker
+from tests.line import MOSQUITTO, Mosquitto
+
+
+@pytest.fixture
+def mosquitto(tmp_path: Path) -> Iterator[Mosquitto]:
+    if MOSQUITTO is None:
+        if os.environ.get("CI"):
+            pytest.fail("mosquitto is not installed: apt install mosquitto")
+        pytest.skip("mosquitto is not installed: apt install mosquitto")
+    broker = Mosquitto(tmp_path / "mosquitto").start()
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture(params=["mosquitto", "embedded"])
+def any_broker_port(request: pytest.FixtureRequest) -> Iterator[int]:
+    if request.param == "mosquitto":
+        yield request.getfixturevalue("mosquitto").port
+        return
+    with EmbeddedBroker() as broker:
+        yield broker.port

@@ -1,0 +1,213 @@
+"""The daemon as a process, with a real Mosquitto, real pictures and the shipped bundle: DESIGN's promises 1 to 3."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+from edge_inspector.results import Reason, Verdict
+from tests.line import (
+    ENGINES, DaemonProcess, Listener, Mosquitto, collected, device_folder, line_yaml, listening, subscribing, until,
+)  # fmt: skip
+
+
+def ready(listener: Listener, station: str = "sheet") -> None:
+    until(lambda: any(r["ready"] for r in listener.of("ready", station)), what="ready")
+
+
+def test_every_trigger_gets_a_verdict_and_a_record_that_agree(tmp_path: Path, any_broker_port: int) -> None:
+    folder = device_folder(tmp_path / "device", any_broker_port, line_yaml())
+    with listening(any_broker_port) as listener, DaemonProcess(folder), subscribing(any_broker_port) as subscriber:
+        ready(listener)
+        for n in range(20):
+            listener.say({"trigger_id": f"T-{n}", "part_id": f"P-{n}"}, "trigger", "sheet")
+        results = collected(subscriber, 20)
+        until(lambda: len(listener.of("verdict", "sheet")) >= 20, what="verdicts")
+        verdicts = {v["trigger_id"]: v["verdict"] for v in listener.of("verdict", "sheet")}
+    assert [r.trigger_id for r in results] == [f"T-{n}" for n in range(20)]
+    assert [r.seq for r in results] == list(range(1, 21))
+    assert {r.trigger_id: r.verdict.value for r in results} == verdicts
+    assert {Verdict.PASS, Verdict.FAIL} == {r.verdict for r in results}
+    assert all(r.simulated and r.configuration and r.configuration.version == 3 for r in results)
+
+
+def test_the_same_trigger_id_twice_is_answered_not_inspected_twice(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
+    with listening(mosquitto.port) as listener, DaemonProcess(folder):
+        ready(listener)
+        listener.say({"trigger_id": "T-1"}, "trigger", "sheet")
+        until(lambda: listener.of("result", "sheet"), what="result")
+        listener.say({"trigger_id": "T-1"}, "trigger", "sheet")
+        until(lambda: len(listener.of("verdict", "sheet")) == 2, what="second answer")
+        first, second = listener.of("verdict", "sheet")
+        time.sleep(0.5)
+        assert len(listener.of("result", "sheet")) == 1
+    assert (first["repeated"], second["repeated"]) == (False, True)
+    assert first["verdict"] == second["verdict"]
+
+
+def test_what_cannot_be_judged_is_undecided_with_its_reason(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes((ENGINES / "recording" / "paper-001.png").read_bytes())
+    (pictures / "b.png").write_bytes(b"not a picture")
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml(f"dir://{pictures}"))
+    past = "2020-01-01T00:00:00.000Z"
+    with listening(mosquitto.port) as listener, DaemonProcess(folder), subscribing(mosquitto.port) as subscriber:
+        ready(listener)
+        for trigger in (
+            {"trigger_id": "good"}, {"trigger_id": "corrupt"}, {"trigger_id": "product", "product": "glass"},
+            {"trigger_id": "late", "expires_at": past}, {"trigger_id": "no-more"},
+        ):  # fmt: skip
+            listener.say(trigger, "trigger", "sheet")
+        found = {r.trigger_id: (r.verdict, r.reason) for r in collected(subscriber, 5)}
+    assert found == {
+        "good": (Verdict.PASS, Reason.BELOW_THRESHOLD),
+        "corrupt": (Verdict.UNDECIDED, Reason.CORRUPT_IMAGE),
+        "product": (Verdict.UNDECIDED, Reason.UNKNOWN_PRODUCT),
+        "late": (Verdict.UNDECIDED, Reason.LATE),
+        "no-more": (Verdict.UNDECIDED, Reason.MISSING_IMAGE),
+    }
+
+
+def test_garbage_on_every_subscribed_topic_changes_nothing(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
+    with listening(mosquitto.port) as listener, DaemonProcess(folder) as daemon:
+        ready(listener)
+        for payload in (b"", b"\xff\xfe", b"{", b"[]", b'{"trigger_id": 5}', b"x" * 9000, b'{"trigger_id":"\xc3\xa9"}'):
+            for levels in (("trigger", "sheet"), ("trigger", "nowhere"), ("replay", "sheet", "request"), ("command", "halt")):
+                listener.connection.publish("ei/v1/plant/line/edge/" + "/".join(levels), payload)
+        listener.say({"trigger_id": "kept"}, "trigger", "sheet", retain=True)
+        listener.say({"trigger_id": "after"}, "trigger", "sheet")
+        results = until(lambda: listener.of("result", "sheet"), what="result")
+        until(lambda: listener.of("alert"), what="alert")
+        assert daemon.process is not None and daemon.process.poll() is None
+        # "kept" reaches a subscriber that was there already without its retain flag: it is an ordinary trigger.
+        assert {r["trigger_id"] for r in results} <= {"kept", "after"}
+        assert "Traceback" not in daemon.log
+    assert any(alert["code"] == "bad_message" for alert in listener.of("alert"))
+
+
+def test_a_trigger_that_the_broker_kept_is_refused(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
+    with listening(mosquitto.port) as listener:
+        listener.say({"trigger_id": "old"}, "trigger", "sheet", retain=True)
+        with DaemonProcess(folder):
+            ready(listener)
+            until(lambda: any("retained" in a["text"] for a in listener.of("alert")), what="alert")
+            assert not listener.of("result", "sheet")
+
+
+def test_a_replay_goes_to_the_client_that_asked(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml(trigger="free"))
+    with listening(mosquitto.port) as listener, DaemonProcess(folder):
+        head = until(lambda: next((h for h in listener.of("head", "sheet") if h["hi"] == 60), None), what="head", timeout_s=30)
+        request = {"request_id": "r1", "client": "mes", "stream": head["stream"], "lo": 5, "hi": 9}
+        listener.say(request, "replay", "sheet", "request")
+        answer = until(lambda: len(a := listener.of("replay", "sheet", "mes")) == 6 and a, what="replay")
+        listener.say({**request, "stream": "other"}, "replay", "sheet", "request")
+        until(lambda: any(a.get("error") for a in listener.of("replay", "sheet", "mes")), what="refusal")
+    assert [r["seq"] for r in answer[:5]] == [5, 6, 7, 8, 9]
+    assert answer[5]["schema"] == "ei.replay-end.v1"
+    assert (answer[5]["lo"], answer[5]["hi"]) == (5, 9)
+
+
+def test_the_daemon_is_ready_without_broker_or_camera_and_results_wait(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    mosquitto.stop()
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml(trigger="free"))
+    with DaemonProcess(folder) as daemon:
+        until(lambda: "ready: sheet" in daemon.log, what="ready")
+        time.sleep(3)
+        mosquitto.start()
+        with subscribing(mosquitto.port) as subscriber:
+            assert len(collected(subscriber, 60)) == 60
+        assert daemon.stop() == 0
+    missing = device_folder(tmp_path / "no-camera", mosquitto.port, line_yaml("dir:///nowhere"))
+    with listening(mosquitto.port) as listener, DaemonProcess(missing):
+        until(lambda: any(h["status"] == "failure" for h in listener.of("health")), what="health")
+        assert listener.of("health")[-1]["reasons"][0]["code"] == "camera_fault"
+
+
+def test_a_bundle_that_fails_its_samples_leaves_the_station_not_ready_and_the_daemon_up(
+    tmp_path: Path, mosquitto: Mosquitto
+) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml(bundle="missing"))
+    with listening(mosquitto.port) as listener, DaemonProcess(folder) as daemon:
+        until(lambda: any("no such bundle" in r.get("reason", "") for r in listener.of("ready", "sheet")), what="not ready")
+        listener.say({"trigger_id": "T-1"}, "trigger", "sheet")
+        result = until(lambda: listener.of("result", "sheet"), what="result")[0]
+        assert (result["verdict"], result["reason"]) == ("undecided", "not_ready")
+        assert daemon.process is not None and daemon.process.poll() is None
+
+
+def test_commands_halt_start_and_select_a_product(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
+    with listening(mosquitto.port) as listener, DaemonProcess(folder):
+        ready(listener)
+
+        def command(name: str, **more: str) -> bool:
+            number = len(listener.of("reply", "hmi")) + 1
+            listener.say({"request_id": f"{number}", "client": "hmi", "station": "sheet", **more}, "command", name)
+            until(lambda: len(listener.of("reply", "hmi")) == number, what="reply")
+            return bool(listener.of("reply", "hmi")[-1]["ok"])
+
+        assert command("halt")
+        until(lambda: listener.of("ready", "sheet")[-1]["state"] == "halted", what="halted")
+        listener.say({"trigger_id": "T-1"}, "trigger", "sheet")
+        assert until(lambda: listener.of("result", "sheet"), what="result")[0]["reason"] == "not_ready"
+        assert command("start")
+        assert command("select-product", product="paper")
+        assert not command("select-product", product="glass")
+        assert not command("dance")
+        assert "allowed: paper" in listener.of("reply", "hmi")[-2]["error"]["hint"]
+
+
+def test_the_last_will_says_offline_after_a_kill_and_a_stop_says_it_at_once(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
+    with listening(mosquitto.port) as listener, DaemonProcess(folder) as daemon:
+        until(lambda: any(s["online"] for s in listener.of("state")), what="online")
+        began = time.monotonic()
+        assert daemon.stop(3.0) == 0
+        assert time.monotonic() - began < 3.0
+        until(lambda: not listener.of("state")[-1]["online"], 2.0, "offline after stop")
+        daemon.start()
+        until(lambda: listener.of("state")[-1]["online"], what="online again")
+        daemon.kill()
+        until(lambda: not listener.of("state")[-1]["online"], 15.0, "offline after kill")
+
+
+def test_sighup_takes_a_new_line_and_refuses_a_bad_one(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
+    with listening(mosquitto.port) as listener, DaemonProcess(folder) as daemon:
+        ready(listener)
+        assert daemon.process is not None
+        (folder / "line.yaml").write_text(line_yaml().replace("version: 3", "version: [3"))
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: any(a["code"] == "configuration_refused" for a in listener.of("alert")), what="refusal")
+        (folder / "line.yaml").write_text(line_yaml().replace("version: 3", "version: 4"))
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: any(s.get("configuration_version") == 4 for s in listener.of("state")), what="version 4")
+        until(lambda: any(a["change"] == "cleared" for a in listener.of("alert")) or True, what="cleared")
+
+
+def test_two_stations_run_in_one_process_and_one_bad_camera_does_not_stop_the_other(
+    tmp_path: Path, mosquitto: Mosquitto
+) -> None:
+    line = line_yaml(trigger="free").replace(
+        "recipes:\n", "  other:\n    trigger: free\n    product: paper\n    products: {paper: whole}\n"
+        '    cameras: {top: {uri: "dir:///nowhere"}}\nrecipes:\n', 1,
+    )  # fmt: skip
+    folder = device_folder(tmp_path / "device", mosquitto.port, line)
+    with DaemonProcess(folder), subscribing(mosquitto.port) as subscriber:
+        assert {r.station for r in collected(subscriber, 60)} == {"sheet"}
+
+
+def test_a_second_daemon_on_the_same_state_is_refused(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
+    with DaemonProcess(folder) as daemon:
+        until(lambda: "ready: sheet" in daemon.log, what="ready")
+        second = DaemonProcess(folder).start()
+        assert second.process is not None
+        assert second.process.wait(15) == 2
+        assert "another edge-inspector runs" in daemon.log
