@@ -49,17 +49,19 @@ class Roi(Model):
         return box if x + w <= width_px and y + h <= height_px else None
 
     def mask(self, box: tuple[int, int, int, int]) -> NDArray[np.uint8] | None:
-        """uint8 [h, w], 1 where a pixel centre lies in the polygon (even-odd rule); None where all of the box counts."""
+        """uint8 [h, w], 1 where a pixel lies in the polygon or on its edge; None where all of the box counts."""
         if self.polygon is None:
             return None
         x0, y0, w, h = box
         rows = np.arange(h, dtype=np.float64)[:, None] + y0
         columns = np.arange(w, dtype=np.float64)[None, :] + x0
-        inside = np.zeros((h, w), dtype=bool)
+        inside, edge = np.zeros((h, w), dtype=bool), np.zeros((h, w), dtype=bool)
         corners = [(float(x), float(y)) for x, y in self.polygon]
         for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1], strict=True):
-            if y1 == y2:
-                continue
-            crosses = (rows >= min(y1, y2)) & (rows < max(y1, y2))
-            inside ^= crosses & (columns <= x1 + (rows - y1) * (x2 - x1) / (y2 - y1))
-        return inside.astype(np.uint8)
+            dx, dy = x2 - x1, y2 - y1
+            if dy:  # even-odd rule
+                crosses = (rows >= min(y1, y2)) & (rows < max(y1, y2))
+                inside ^= crosses & (columns <= x1 + (rows - y1) * dx / dy)
+            along = np.clip(((columns - x1) * dx + (rows - y1) * dy) / max(dx * dx + dy * dy, 1.0), 0.0, 1.0)
+            edge |= np.hypot(columns - x1 - along * dx, rows - y1 - along * dy) <= 0.5  # noqa: PLR2004 - half a pixel
+        return (inside | edge).astype(np.uint8)

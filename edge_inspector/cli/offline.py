@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ from edge_inspector.errors import InspectorError
 
 if TYPE_CHECKING:
     from edge_inspector.training.fit import Progress as Step
+    from edge_inspector.training.train import Order, Trained
 
 _TRUST = Path("trust")
 _KEY = Path("keys/signing.key")
@@ -31,6 +33,24 @@ def _bar() -> Progress:
     )  # fmt: skip
 
 
+def _trained(order: Order, run: Callable[[Order, Callable[[Step], None]], Trained]) -> Trained:
+    """Train with a bar for each stage."""
+    err.print(f"sample sheets appear in {order.out}.training; Ctrl-C stops, the same command resumes")
+    with _bar() as bar:
+        tasks = {"GAN": bar.add_task("GAN", total=order.settings.gan_steps, figures=""),
+                 "encoder": bar.add_task("encoder", total=order.settings.encoder_steps, figures="")}  # fmt: skip
+
+        def step(now: Step) -> None:
+            figures = "  ".join(f"{key} {value:.3g}" for key, value in now.figures.items())
+            bar.update(tasks[now.stage], completed=now.step, figures=figures)
+
+        try:
+            return run(order, step)
+        except KeyboardInterrupt:
+            err.print("stopped; the same command resumes")
+            raise
+
+
 def train(
     folder: Annotated[Path, typer.Argument(help="pictures of good parts only")],
     product: Annotated[str, typer.Option(help="what the pictures show; also the bundle's name")],
@@ -41,7 +61,7 @@ def train(
     tile: Annotated[int | None, typer.Option(help="cut pictures into squares of so many pixels, for small defects")] = None,
     overlap: Annotated[float, typer.Option(min=0, max=0.5)] = 0.0,
     intensity_window: Annotated[tuple[int, int] | None, typer.Option(help="for 10 to 16 bit: black and white level")] = None,
-    size: Annotated[int, typer.Option(help="side of the network's input, 32, 64 or 128")] = 64,
+    size: Annotated[int, typer.Option(help="side of the network's input: 32, 64 or 128")] = 64,
     width: Annotated[int, typer.Option(min=4, max=64, help="width of the network; the paper has 64")] = 16,
     gan_steps: Annotated[int, typer.Option(min=1)] = 800,
     encoder_steps: Annotated[int, typer.Option(min=1)] = 2400,
@@ -63,28 +83,13 @@ def train(
         raise InspectorError(
             f"training is not installed: {error}", hint='pip install "edge-inspector[train]"'
         ) from error
-    if size not in (32, 64, 128):
-        raise InspectorError(f"--size {size}: must be 32, 64 or 128")
     settings = Settings(size=size, width=width, gan_steps=gan_steps, encoder_steps=encoder_steps, seed=seed)
     order = Order(
         folder=folder, out=out_folder / (name or product), product=product, name=name or product, key=signing,
         release=release, settings=settings, tile=tile, overlap=overlap, intensity_window=intensity_window, alpha=alpha,
         device=device, restart=restart, command=f"edge-inspector {shlex.join(sys.argv[1:])}",
     )  # fmt: skip
-    err.print(f"sample sheets appear in {order.out}.training; Ctrl-C stops, the same command resumes")
-    with _bar() as bar:
-        tasks = {"GAN": bar.add_task("GAN", total=gan_steps, figures=""),
-                 "encoder": bar.add_task("encoder", total=encoder_steps, figures="")}  # fmt: skip
-
-        def step(now: Step) -> None:
-            figures = "  ".join(f"{key} {value:.3g}" for key, value in now.figures.items())
-            bar.update(tasks[now.stage], completed=now.step, figures=figures)
-
-        try:
-            trained = run(order, step)
-        except KeyboardInterrupt:
-            err.print("stopped; the same command resumes")
-            raise
+    trained = _trained(order, run)
     for warning in trained.warnings:
         err.print(f"note: {warning}", style="yellow", markup=False)
     if as_json:

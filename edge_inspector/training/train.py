@@ -24,6 +24,7 @@ from edge_inspector.training import calibrate, data, export, report
 from edge_inspector.training.fit import CHECKPOINT, Fit, Progress, Settings
 from edge_inspector.training.networks.fanogan import FanoganGraph
 
+SIZES = (32, 64, 128)
 _PARITY_TILES = 16
 
 
@@ -67,6 +68,8 @@ def train(order: Order, on_progress: Callable[[Progress], None] = lambda _: None
     """
     if order.out.exists():
         raise TrainingError(f"{order.out}: exists already", hint="give another --out, or remove the old bundle")
+    if order.settings.size not in SIZES:
+        raise TrainingError(f"size {order.settings.size}: must be one of {SIZES}")
     work = order.out.with_name(order.out.name + ".training")
     if order.restart:
         shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,236 @@
+"""The Camera contract over sources that run everywhere, and the faults it must survive."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from edge_inspector import pictures
+from edge_inspector.cameras import Camera, CameraState, open_source
+from edge_inspector.cameras.synthetic import draw_part
+from edge_inspector.config import CameraConfig
+from edge_inspector.errors import CameraEnded, CameraError
+from edge_inspector.frames import Frame
+from tests.line import ENGINES, until
+
+RECORDING = ENGINES / "recording"
+
+
+def camera(uri: str, *, on_demand: bool = False, **more: Any) -> Camera:
+    config = CameraConfig.model_validate({"uri": uri, **more})
+    return Camera("top", config, lambda: open_source(config, Path("/")), on_demand=on_demand)
+
+
+def taken(source: Camera, count: int, timeout_s: float = 15.0) -> list[Frame]:
+    found: list[Frame] = []
+    end = time.monotonic() + timeout_s
+    while len(found) < count and time.monotonic() < end:
+        frame = source.next(0.5)
+        if frame is not None:
+            found.append(frame)
+    assert len(found) == count, f"{len(found)} of {count} frames; {source.state} {source.fault}"
+    return found
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    path = tmp_path / "parts.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 64))
+    for n in range(12):
+        writer.write(draw_part(np.random.default_rng(n), 64, 64, False))
+    writer.release()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["dir", "file", "synthetic", "isolated"])
+def test_every_source_delivers_numbered_read_only_frames(kind: str, video: Path) -> None:
+    uri = {
+        "dir": f"dir://{RECORDING}", "file": f"file://{video}", "synthetic": "synthetic://",
+        "isolated": "synthetic://?isolate=1&fps=50",
+    }[kind]  # fmt: skip
+    with camera(uri) as source:
+        frames = taken(source, 10)
+    assert [f.seq for f in frames] == list(range(10))
+    assert all(not f.image.flags.writeable and f.image.dtype == np.uint8 and f.image.ndim == 3 for f in frames)
+    assert all(b.captured_s > a.captured_s for a, b in zip(frames, frames[1:], strict=False))
+    assert all(f.captured_at.tzinfo is not None for f in frames)
+
+
+def test_a_recording_ends_or_loops() -> None:
+    with camera(f"dir://{RECORDING}") as source:
+        taken(source, 60)
+        with pytest.raises(CameraEnded):
+            source.next(2.0)
+    with camera(f"dir://{RECORDING}?loop=1") as source:
+        assert taken(source, 61)[60].source_id == "paper-001"
+
+
+def test_pixels_cross_the_process_border_unchanged() -> None:
+    with camera("synthetic://?isolate=1&fps=50&seed=3&depth=16&grey=1") as far, camera("synthetic://?seed=3&depth=16&grey=1") as near:
+        a, b = taken(far, 5), taken(near, 5)
+    by_name = {f.source_id: f.image for f in b}
+    common = [f for f in a if f.source_id in by_name]
+    assert common
+    assert all(np.array_equal(f.image, by_name[f.source_id]) and f.image.dtype == np.uint16 for f in common)
+
+
+def test_an_unreadable_picture_is_a_broken_frame_not_a_missing_one(tmp_path: Path) -> None:
+    shutil.copy(RECORDING / "paper-001.png", tmp_path / "1.png")
+    (tmp_path / "2.png").write_bytes(b"broken")
+    with camera(f"dir://{tmp_path}") as source:
+        frames = taken(source, 2)
+    assert [f.fault for f in frames] == ["", "corrupt_image"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("dir:///nowhere", "no such folder"),
+        ("file:///nowhere.mp4", "no such file"),
+        ("v4l2:///dev/video77", "cannot be opened"),
+        ("rtsp://127.0.0.1:1/x", "cannot be opened"),
+        ("synthetic://?colour=red", "unknown option 'colour'"),
+        ("synthetic://?fps=fast", "is not a number"),
+        ("synthetic://?fault=sulk", "unknown fault"),
+    ],
+)
+def test_a_camera_that_cannot_be_opened_says_why_and_is_tried_again(uri: str, words: str) -> None:
+    with camera(uri) as source:
+        until(lambda: source.state is CameraState.FAULT, 20, "fault")
+        assert words in source.fault
+        assert source.next(0.1) is None
+        until(lambda: source.counts.reopened >= 1, 10, "second try")
+
+
+def test_a_setting_that_was_not_taken_is_refused() -> None:
+    config = CameraConfig(uri="synthetic://?width=64&height=64", width=128)
+    with pytest.raises(CameraError, match="width 64, the configuration sets 128"):
+        open_source(config, Path("/")).open()
+
+
+@pytest.mark.parametrize("fault", ["hang", "crash", "unplug", "silent"])
+def test_a_fault_ends_with_a_reopened_camera_and_frames_again(fault: str) -> None:
+    with camera(f"synthetic://?isolate=1&fps=30&fault={fault}&after=5", timeout_ms=400) as source:
+        frames = taken(source, 12, 30)
+        assert source.counts.reopened >= 1
+    assert [f.seq for f in frames] == list(range(12))
+    assert {f.epoch for f in frames} >= {0, 1}
+
+
+def test_a_hanging_camera_does_not_slow_another_nor_the_end() -> None:
+    hang = camera("synthetic://?fps=30&fault=hang&after=1", timeout_ms=60_000)
+    with hang, camera("synthetic://?fps=20") as fine:
+        taken(hang, 1)
+        times = [f.captured_s for f in taken(fine, 20)]
+        began = time.monotonic()
+    assert time.monotonic() - began < 4.0
+    assert max(b - a for a, b in zip(times[5:], times[6:], strict=False)) < 0.5
+
+
+def test_dark_frozen_and_misshapen_frames_are_found() -> None:
+    for fault, guards, reason in (
+        ("dark", {"dark_below": 20}, "dark_image"), ("freeze", {"frozen_frames": 2}, "frozen_image"),
+    ):  # fmt: skip
+        with camera(f"synthetic://?fault={fault}&after=2", guards=guards) as source:
+            faults = [f.fault for f in taken(source, 8)]
+        assert faults[:2] == ["", ""]
+        assert faults[-1] == reason
+
+
+def test_a_slow_user_loses_counted_frames_of_a_live_camera_and_none_of_a_recording() -> None:
+    with camera("synthetic://?fps=100") as live:
+        taken(live, 1)
+        time.sleep(0.5)
+        frames = taken(live, 20)
+        assert sum(f.lost for f in frames) == live.counts.lost > 0
+    with camera("synthetic://?fps=100", policy="latest") as latest:
+        taken(latest, 1)
+        time.sleep(0.5)
+        frame = taken(latest, 1)[0]
+        assert time.monotonic() - frame.captured_s < 0.25
+        assert latest.counts.skipped > 0
+    with camera(f"dir://{RECORDING}") as recording:
+        taken(recording, 1)
+        time.sleep(0.3)
+        assert all(f.lost == 0 for f in taken(recording, 30))
+
+
+def test_a_triggered_frame_is_never_older_than_its_trigger() -> None:
+    with camera("synthetic://?fps=50&isolate=1", on_demand=True) as free_running:
+        until(lambda: free_running.state is CameraState.STREAMING, 15, "streaming")
+        for _ in range(5):
+            time.sleep(0.1)
+            asked = time.monotonic()
+            free_running.trigger()
+            frame = free_running.next(2.0)
+            assert frame is not None
+            assert frame.captured_s >= asked
+    with camera(f"dir://{RECORDING}", on_demand=True) as folder:
+        until(lambda: folder.state is CameraState.STREAMING, 15, "streaming")
+        assert folder.next(0.3) is None
+        names = []
+        for _ in range(3):
+            folder.trigger()
+            frame = folder.next(2.0)
+            assert frame is not None
+            names.append(frame.source_id)
+    assert names == ["paper-001", "paper-002", "paper-003"]
+
+
+def test_nothing_is_left_behind_after_closing() -> None:
+    before = len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
+    with camera("synthetic://?fps=30&isolate=1") as source:
+        taken(source, 3)
+        child = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "cameras.isolation"], capture_output=True, text=True, check=False)
+        assert child.stdout.strip()
+    until(lambda: len(os.listdir("/proc/self/fd")) <= before[0], 5, "descriptors closed")
+    assert set(os.listdir("/dev/shm")) <= before[1]
+    pid = int(child.stdout.split()[0])
+    assert not Path(f"/proc/{pid}").exists()
+
+
+class _Mjpeg(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:  # noqa: N802
+        self.send_response(200)
+        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        self.end_headers()
+        data = pictures.encoded(draw_part(np.random.default_rng(0), 96, 128, False), ".jpg")
+        try:
+            while True:
+                head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
+                self.wfile.write(head.encode() + data + b"\r\n")
+                time.sleep(0.04)
+        except OSError:
+            return
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+@pytest.fixture
+def mjpeg_port() -> Iterator[int]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Mjpeg)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_http_camera_delivers_through_opencv(mjpeg_port: int) -> None:
+    with camera(f"http://127.0.0.1:{mjpeg_port}/video.mjpg", timeout_ms=3000) as source:
+        frames = taken(source, 10, 30)
+        assert source.info is not None
+        assert (source.info.width, source.info.height) == (128, 96)
+    assert frames[-1].image.shape == (96, 128, 3)

@@ -1,0 +1,133 @@
+"""roi, recipes, results, scoring: pure rules."""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime, timezone
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_inspector import scoring
+from edge_inspector.documents import SCHEMAS
+from edge_inspector.recipes import Decision, decide
+from edge_inspector.results import (
+    MAX_RESULT_BYTES, BundleRef, EngineRef, Finding, Reason, Region, Result, Verdict, rfc3339,
+)  # fmt: skip
+from edge_inspector.roi import Rectangle, Roi
+from edge_inspector.schema import json_schema
+
+NOW = datetime(2026, 11, 23, 8, 15, 30, 100_000, tzinfo=timezone.utc)
+
+
+def finding(verdict: Verdict, frame: int = 0, **more: Any) -> Finding:
+    return Finding(
+        camera="top", roi="rim", frame=frame, verdict=verdict, reason=Reason.NOT_A_NUMBER, score=1.0, threshold=1.2,
+        ratio=0.8, bundle=BundleRef(name="b", release=1, sha256="ab"), engine=EngineRef(runtime="x", precision="fp32"), **more,
+    )  # fmt: skip
+
+
+def result(**more: Any) -> Result:
+    values: dict[str, Any] = {
+        "station": "s", "trigger_id": "T", "verdict": Verdict.PASS, "reason": Reason.BELOW_THRESHOLD,
+        "triggered_at": NOW, "decided_at": NOW, "expires_at": NOW,
+    }  # fmt: skip
+    return Result(**{**values, **more})
+
+
+P, F, U = Verdict.PASS, Verdict.FAIL, Verdict.UNDECIDED
+
+
+@pytest.mark.parametrize(
+    ("frames", "rule", "verdict"),
+    [
+        ([], (1, 1), U),
+        ([[P, P]], (1, 1), P),
+        ([[P, F]], (1, 1), F),
+        ([[U, P]], (1, 1), U),
+        ([[U, F]], (1, 1), F),
+        ([[F], [P], [P]], (3, 2), P),
+        ([[F], [F], [P]], (3, 2), F),
+        ([[F], [U], [P]], (3, 2), U),
+        ([[F], [P]], (3, 2), U),
+        ([[P], [P]], (3, 2), P),
+    ],
+)
+def test_findings_become_a_verdict(frames: list[list[Verdict]], rule: tuple[int, int], verdict: Verdict) -> None:
+    findings = [finding(v, number) for number, frame in enumerate(frames) for v in frame]
+    assert decide(findings, Decision(frames=rule[0], failing_frames=rule[1]))[0] is verdict
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_decides_nothing(score: float) -> None:
+    assert scoring.judge(score, 1.0) == (Verdict.UNDECIDED, Reason.NOT_A_NUMBER)
+
+
+def test_the_promise_holds_on_fresh_good_parts() -> None:
+    """Over 400 draws the promised rate is exceeded in at most 5 % (with the binomial's own slack)."""
+    rng = np.random.default_rng(7)
+    broken = 0
+    for _ in range(400):
+        made = scoring.promise(rng.lognormal(size=120).tolist(), 0.05, 0.95)
+        true_rate = 1 - 0.5 * (1 + math.erf(math.log(made.threshold) / math.sqrt(2)))
+        broken += true_rate > 0.05
+    assert scoring.binomial_cdf(broken - 1, 400, 0.05) < 0.999
+    assert broken > 0, "a threshold that never breaks it is needlessly high"
+
+
+def test_too_few_pictures_promise_nothing_and_say_how_many_are_missing() -> None:
+    made = scoring.promise([1.0, 3.0, 2.0], 0.05, 0.95)
+    assert (made.threshold, made.kept, made.needed) == (3.0, False, 59)
+    assert "56 more are needed" in str(made)
+    assert scoring.promise(list(range(1, 60)), 0.05, 0.95).kept
+
+
+def test_intervals_are_clopper_and_pearsons() -> None:
+    assert scoring.interval(0, 10) == pytest.approx((0.0, 0.30850), abs=1e-5)
+    assert scoring.interval(3, 10) == pytest.approx((0.06674, 0.65245), abs=1e-5)
+    assert scoring.interval(10, 10) == pytest.approx((0.69150, 1.0), abs=1e-5)
+    assert scoring.interval(0, 0) == (0.0, 1.0)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1), st.lists(st.integers(0, 9), min_size=1))
+def test_auroc_counts_pairs(normal: list[int], bad: list[int]) -> None:
+    pairs = [(b > a) + 0.5 * (b == a) for a in normal for b in bad]
+    assert scoring.auroc(normal, bad) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_a_polygon_covers_the_pixels_inside_it() -> None:
+    roi = Roi(polygon=((2, 2), (10, 2), (10, 10), (2, 10)))
+    box = roi.box(20, 20)
+    assert box == (2, 2, 9, 9)
+    mask = roi.mask(box)
+    assert mask is not None
+    assert mask.all()
+    triangle = Roi(polygon=((0, 0), (9, 0), (0, 9))).mask((0, 0, 10, 10))
+    assert triangle is not None
+    assert triangle[0, 0]
+    assert not triangle[9, 9]
+
+
+def test_a_region_outside_the_frame_has_no_box() -> None:
+    assert Roi(rectangle=Rectangle(x_px=90, y_px=0, w_px=20, h_px=20)).box(100, 100) is None
+    assert Roi().box(100, 50) == (0, 0, 50, 100)
+
+
+def test_a_result_never_exceeds_four_kilobytes_and_counts_what_it_leaves_out() -> None:
+    region = Region(x_px=1, y_px=2, w_px=3, h_px=4, area_px=12, peak=1.23456)
+    large = result(findings=tuple(finding(F, regions=(region,) * 16) for _ in range(30)), detail="x" * 256)
+    payload = large.payload()
+    assert len(payload) <= MAX_RESULT_BYTES
+    read = Result.model_validate_json(payload)
+    assert read.findings_omitted + len(read.findings) == 30
+    assert all(f.regions_omitted + len(f.regions) == 16 for f in read.findings)
+    jsonschema.validate(__import__("json").loads(payload), json_schema(SCHEMAS["result"]))
+
+
+def test_times_are_utc_with_milliseconds_and_z() -> None:
+    assert rfc3339(NOW) == "2026-11-23T08:15:30.100Z"
+    assert b'"triggered_at":"2026-11-23T08:15:30.100Z"' in result().payload()
