@@ -27,7 +27,7 @@ TRUTH = "truth.csv"
 _DEVICE = """\
 schema: ei.device.v1
 identity: {{site: demo, line: paper, device: here}}
-broker: {{host: 127.0.0.1, port: {port}}}
+broker: {{host: 127.0.0.1, port: {port}, protocol: "3.1.1"}}
 storage: {{folder: state}}
 trust: {trust}
 bundles: {bundles}

@@ -87,14 +87,14 @@ class EvidenceStore:
         picture = pictures.explanation(
             view.seen, view.anomaly, finding.threshold, finding.regions, view.expected, job.title, view.offset_px
         )
-        self._make_room()
+        self._make_room(len(pictures.encoded(picture)))
         pictures.write(job.path, picture)
 
-    def _make_room(self) -> None:
+    def _make_room(self, wanted: int) -> None:
         files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in self.folder.glob("*.png"))
         total = sum(size for _, size, _ in files)
         for _, size, path in files:
-            if total <= 0.95 * self.quota:
+            if total + wanted <= self.quota:
                 return
             path.unlink(missing_ok=True)
             total -= size

@@ -14,7 +14,7 @@ from edge_inspector.outbox import Counts
 _ORDER = ("failure", "check_function", "off_spec", "maintenance_required")
 _TIME_ERROR = 5
 _TIMEX_BYTES = 256
-_OUTBOX_HIGH = 0.95
+_OUTBOX_HIGH = 0.75
 _DISK_HIGH = 0.9
 
 

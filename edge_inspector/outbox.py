@@ -41,7 +41,9 @@ TRIGGER_BYTES = 256
 """About what a remembered trigger id costs; a quarter of the quota may go to them."""
 BALLAST_BYTES = 1 << 20
 PAGE = 4096
-_FULL_ABOVE = 0.9
+_FULL_ABOVE = 0.8
+"""Share of the quota above which results are dropped; the rest has room for a batch."""
+_DROPS_AT_ONCE = 8
 _IDLE_S = 0.5
 _TABLES = """
 CREATE TABLE IF NOT EXISTS streams(station TEXT PRIMARY KEY, stream TEXT NOT NULL, next INTEGER NOT NULL, acked INTEGER NOT NULL);
@@ -403,14 +405,20 @@ class Outbox:
         self.counts.pending = sum(head.hi - min(self._acked.get(s, 0), head.hi) for s, head in heads.items())
 
     def _after_commit(self) -> None:
-        pages = self._writer.execute("PRAGMA page_count").fetchone()[0]
-        free = self._writer.execute("PRAGMA freelist_count").fetchone()[0]
-        self.counts.used = (pages - free) / self._max_pages
-        if self.counts.used > _FULL_ABOVE:
+        self._note_use()
+        for _ in range(_DROPS_AT_ONCE):
+            if self.counts.used <= _FULL_ABOVE:
+                break
             self._make_room()
+            self._note_use()
         wal = Path(f"{self.path}-wal")
         if wal.exists() and wal.stat().st_size > self._wal_bytes:
             self._checkpoint("RESTART")
+
+    def _note_use(self) -> None:
+        pages = self._writer.execute("PRAGMA page_count").fetchone()[0]
+        free = self._writer.execute("PRAGMA freelist_count").fetchone()[0]
+        self.counts.used = (pages - free) / self._max_pages
 
     def _checkpoint(self, mode: str) -> None:
         with contextlib.suppress(sqlite3.OperationalError):  # busy or full: the next one will do

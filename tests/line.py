@@ -54,7 +54,7 @@ class Mosquitto:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o777)
         (folder / "mosquitto.conf").write_text(
-            f"listener {self.port} 127.0.0.1\nallow_anonymous true\npersistence true\npersistence_location {folder}/\n"
+            f"user root\nlistener {self.port} 127.0.0.1\nallow_anonymous true\npersistence true\npersistence_location {folder}/\n"
             f"max_queued_messages 100000\n{extra}"
         )
         self.process: subprocess.Popen[bytes] | None = None

@@ -20,7 +20,7 @@ from edge_inspector.errors import InspectorError
 
 if TYPE_CHECKING:
     from edge_inspector.training.fit import Progress as Step
-    from edge_inspector.training.train import Order, Trained
+    from edge_inspector.training.orders import Order, Trained
 
 _TRUST = Path("trust")
 _KEY = Path("keys/signing.key")
@@ -77,8 +77,8 @@ def train(
     signing = bundles.read_private_key(key)
     try:
         from edge_inspector.training.fit import Settings  # noqa: PLC0415
-        from edge_inspector.training.train import Order  # noqa: PLC0415
-        from edge_inspector.training.train import train as run  # noqa: PLC0415
+        from edge_inspector.training.orders import Order  # noqa: PLC0415
+        from edge_inspector.training.orders import train as run  # noqa: PLC0415
     except ImportError as error:
         raise InspectorError(
             f"training is not installed: {error}", hint='pip install "edge-inspector[train]"'
@@ -112,8 +112,8 @@ def evaluate(
     """AUROC, false rejects and escapes of a bundle on labelled pictures, with confidence intervals."""
     from edge_inspector.bundles import open_bundle  # noqa: PLC0415
     from edge_inspector.runtime import OnnxEngine  # noqa: PLC0415
-    from edge_inspector.training.evaluate import evaluate as run  # noqa: PLC0415
-    from edge_inspector.training.evaluate import labelled  # noqa: PLC0415
+    from edge_inspector.training.evaluation import evaluate as run  # noqa: PLC0415
+    from edge_inspector.training.evaluation import labelled  # noqa: PLC0415
 
     total = sum(len(paths) for paths in labelled(folder).values())
     with OnnxEngine(open_bundle(bundle, trust), batch=4) as engine, _bar() as bar:

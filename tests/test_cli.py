@@ -1,0 +1,160 @@
+"""Every verb as a user calls it; wrong things give one clear message with a hint, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from edge_inspector import pictures
+from edge_inspector.documents import SCHEMAS
+from edge_inspector.schema import json_schema
+from tests.line import ENGINES, DaemonProcess, Mosquitto, device_folder, free_port, line_yaml, until
+
+PAPER, TRUST, RECORDING = str(ENGINES / "paper"), str(ENGINES / "trust"), ENGINES / "recording"
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_inspector.cli", *arguments], capture_output=True, text=True, cwd=cwd, timeout=120,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_init_writes_what_check_understands_and_never_overwrites(tmp_path: Path) -> None:
+    first = run("init", cwd=tmp_path)
+    assert first.returncode == 0
+    assert (tmp_path / "keys" / "signing.key").exists()
+    assert list((tmp_path / "trust").glob("*.pub"))
+    checked = run("check", "--json", cwd=tmp_path)
+    assert checked.returncode == 1
+    findings = {f["thing"]: f for f in json.loads(checked.stdout)}
+    assert findings["line.yaml" if "line.yaml" in findings else str(tmp_path / "line.yaml")]["ok"]
+    assert findings["camera press-1/top"]["ok"]
+    assert "no such bundle" in findings["bundle my-product"]["text"]
+    again = run("init", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "never overwrites" in again.stderr
+
+
+def test_check_tries_broker_cameras_bundles_and_recipes(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    good = device_folder(tmp_path / "good", mosquitto.port, line_yaml())
+    done = run("check", "--config", str(good / "device.yaml"))
+    assert done.returncode == 0, done.stdout
+    assert "answers, MQTT 5" in done.stdout
+    assert "128x128" in done.stdout
+    assert "4 tile(s)" in done.stdout
+    bad = device_folder(tmp_path / "bad", free_port(), line_yaml("dir:///nowhere", bundle="nothing"))
+    done = run("check", "--config", str(bad / "device.yaml"))
+    assert done.returncode == 1
+    for words in ("refused", "no such folder", "no such bundle", "hint:"):
+        assert words in done.stdout
+
+
+def test_a_faulty_configuration_shows_all_faults(tmp_path: Path) -> None:
+    folder = device_folder(tmp_path, 1883, "schema: ei.line.v1\nstation: {}\nversion: one\n")
+    done = run("check", "--config", str(folder / "device.yaml"))
+    assert "did you mean 'stations'?" in done.stdout
+    assert "version" in done.stdout
+    started = run("run", "--config", str(folder / "device.yaml"))
+    assert started.returncode == 2
+    assert "did you mean 'stations'?" in started.stderr
+    assert "device.yaml" in run("run", "--config", str(tmp_path / "none" / "device.yaml")).stderr
+
+
+def test_inspect_answers_by_exit_code_json_and_pictures(tmp_path: Path) -> None:
+    good, bad = str(ENGINES / "paper" / "sample-good-1.png"), str(ENGINES / "paper" / "sample-fail-1.png")
+    assert run("inspect", PAPER, good, "--trust", TRUST).returncode == 0
+    done = run("inspect", PAPER, good, bad, "--trust", TRUST, "--json", "--save", str(tmp_path / "out"))
+    assert done.returncode == 1
+    results = json.loads(done.stdout)
+    assert [r["verdict"] for r in results] == ["pass", "fail"]
+    for result in results:
+        jsonschema.validate(result, json_schema(SCHEMAS["result"]))
+    assert pictures.read(tmp_path / "out" / "sample-fail-1.png").shape[1] > 900
+    (tmp_path / "broken.png").write_bytes(b"x")
+    done = run("inspect", PAPER, str(tmp_path / "broken.png"), "--trust", TRUST)
+    assert done.returncode == 2
+    assert "hint:" in done.stderr
+    assert "undecided" in done.stdout
+    done = run("inspect", PAPER, good, "--trust", str(tmp_path))
+    assert done.returncode == 2
+    assert "not trusted" in done.stderr
+    assert run("inspect", str(tmp_path / "none"), good, "--trust", TRUST).returncode == 2
+
+
+def test_evaluate_gives_rates_with_intervals(tmp_path: Path) -> None:
+    for kind, name in (("good", "sample-good-1.png"), ("blot", "sample-fail-1.png")):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / name).write_bytes((ENGINES / "paper" / name).read_bytes())
+    done = run("evaluate", PAPER, str(tmp_path), "--trust", TRUST, "--json")
+    found = json.loads(done.stdout)
+    assert found["auroc"] == 1.0
+    assert found["escape"]["k"] == 0
+    assert found["escape"]["interval95"][1] == pytest.approx(0.975)
+    assert "95 % interval" in run("evaluate", PAPER, str(tmp_path), "--trust", TRUST).stdout
+    assert "no labelled pictures" in run("evaluate", PAPER, str(tmp_path / "good"), "--trust", TRUST).stderr
+
+
+def test_bench_doctor_schema_keygen_and_sign(tmp_path: Path) -> None:
+    figures = json.loads(run("bench", PAPER, "--trust", TRUST, "--rounds", "10", "--json").stdout)
+    assert figures["tiles"] == 4
+    assert figures["infer"]["p50_ms"] > 0
+    findings = {f["thing"]: f for f in json.loads(run("doctor", "--json").stdout)}
+    assert findings["opencv-python"]["ok"]
+    assert all(f["ok"] or f["hint"] for f in findings.values())
+    assert "line" in run("schema").stdout.split()
+    assert json.loads(run("schema", "result").stdout)["title"] == "Result"
+    assert "there are: device" in run("schema", "nothing").stderr
+    key = tmp_path / "k"
+    assert run("keygen", str(key), "--trust", str(tmp_path / "trust")).returncode == 0
+    assert "exists already" in run("keygen", str(key)).stderr
+    done = run("sign", str(tmp_path), "--key", str(key))
+    assert done.returncode == 2
+    assert "missing" in done.stderr
+
+
+def test_train_says_what_is_wrong_before_it_starts(tmp_path: Path) -> None:
+    assert "keygen" in run("train", str(RECORDING), "--product", "x", cwd=tmp_path).stderr
+    pytest.importorskip("torch", reason='torch is not installed: pip install "edge-inspector[train]"')
+    run("keygen", cwd=tmp_path)
+    (tmp_path / "few").mkdir()
+    for n in range(3):
+        (tmp_path / "few" / f"{n}.png").write_bytes((RECORDING / f"paper-00{n + 1}.png").read_bytes())
+    assert "at least 20 are needed" in run("train", "few", "--product", "x", cwd=tmp_path).stderr
+    assert "must be one of" in run("train", "few", "--product", "x", "--size", "50", cwd=tmp_path).stderr
+    done = run("train", str(RECORDING), "--product", "x", "--size", "32", "--width", "4", "--gan-steps", "2",
+               "--encoder-steps", "40", "--json", "--tile", "64", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert not made["kept"], "15 held-out pictures support no promise of 5 %"
+    assert (tmp_path / made["bundle"] / "report.html").exists()
+
+
+def test_watch_follows_results(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml(trigger="free"))
+    with DaemonProcess(folder) as daemon:
+        until(lambda: "ready: sheet" in daemon.log, what="ready")
+        done = run("watch", "--config", str(folder / "device.yaml"), "--start", "all", "--seconds", "12", "--json")
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [r["seq"] for r in results] == list(range(1, 61))
+
+
+def test_the_demo_runs_the_whole_line_and_tells_the_truth(tmp_path: Path) -> None:
+    done = run("demo", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "in truth:" in line]
+    assert len(lines) == 60
+    failed = [line for line in lines if line.startswith("fail")]
+    escapes = sum(line.startswith("pass") and "impurity" in line for line in lines)
+    rejects = sum("good" in line.split("in truth:")[1] for line in failed)
+    assert f"{rejects} of 40 good parts rejected, {escapes} of 20 defective parts passed" in done.stdout
+    assert len(list((tmp_path / "out" / "failed").glob("*.png"))) == len(failed) > 0
+    assert "edge-inspector train" in done.stdout

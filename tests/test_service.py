@@ -1,0 +1,110 @@
+"""systemd: notify socket, watchdog, the unit; evidence and health."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_inspector import health
+from edge_inspector.evidence import EvidenceStore
+from edge_inspector.inspector import View
+from edge_inspector.messages import Cause
+from edge_inspector.outbox import Counts
+from edge_inspector.results import BundleRef, EngineRef, Finding, Reason, Region, Verdict
+from edge_inspector.systemd import Watchdog, notify
+from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, until
+
+UNIT = Path(__file__).resolve().parents[1] / "systemd" / "edge-inspector.service"
+
+
+def test_the_daemon_tells_systemd_ready_status_watchdog_and_stopping(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    mosquitto.stop()  # a missing broker must not hold up READY
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml("dir:///nowhere"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.settimeout(10)
+        with DaemonProcess(folder, {"NOTIFY_SOCKET": str(tmp_path / "notify")}) as daemon:
+            heard: list[str] = []
+            until(lambda: heard.append(listener.recv(4096).decode()) or "WATCHDOG=1" in heard and any("STATUS=" in h for h in heard))
+            assert heard[0] == "READY=1"
+            assert any("no broker" in h for h in heard if h.startswith("STATUS="))
+            assert daemon.stop() == 0
+            until(lambda: listener.recv(4096) == b"STOPPING=1", what="STOPPING")
+
+
+def test_nothing_is_sent_where_systemd_is_not() -> None:
+    assert not notify("READY=1", {})
+
+
+def test_a_loop_that_hangs_is_named_and_stops_the_pings() -> None:
+    watchdog = Watchdog(patience_s=0.05)
+    tick = watchdog.loop("a")
+    watchdog.loop("b")
+    time.sleep(0.1)
+    tick()
+    assert watchdog.ping() == ["b"]
+    watchdog.forget("b")
+    tick()
+    assert watchdog.ping() == []
+
+
+def test_the_unit_is_one_that_systemd_accepts(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed: apt install systemd")
+    unit = tmp_path / UNIT.name
+    unit.write_text(UNIT.read_text().replace("/opt/edge-inspector/bin/edge-inspector", "/bin/true"))
+    checked = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False)
+    told = [line for line in checked.stderr.splitlines() if unit.name in line]
+    assert told == []
+    for option in ("Type=notify", "WatchdogSec=", "Restart=always", "ProtectSystem=strict"):
+        assert option in UNIT.read_text()
+
+
+def view(seed: int) -> View:
+    seen = np.random.default_rng(seed).integers(0, 255, (64, 64, 3), np.uint8)
+    region = Region(x_px=1, y_px=2, w_px=3, h_px=4, area_px=12, peak=2.0)
+    finding = Finding(
+        camera="top", roi="all", verdict=Verdict.FAIL, reason=Reason.ABOVE_THRESHOLD, score=2.0, threshold=1.0, ratio=2.0,
+        bundle=BundleRef(name="b", release=1, sha256="ab"), engine=EngineRef(runtime="x", precision="fp32"), regions=(region,),
+    )  # fmt: skip
+    return View(finding, seen, seen[:, :, 0].astype(np.float32) / 100, seen, (0, 0))
+
+
+def test_evidence_is_kept_within_its_quota_newest_last(tmp_path: Path) -> None:
+    with EvidenceStore(tmp_path, quota_mb=1) as store:
+        kept = []
+        for seed in range(12):
+            evidence = store.keep([view(seed)], "part")
+            assert evidence is not None
+            assert evidence.stored
+            kept.append(store.path(evidence.id))
+            until(kept[-1].exists, what="picture")
+        assert sum(p.stat().st_size for p in tmp_path.glob("*.png")) <= 1 << 20
+        assert kept[-1].exists()
+        assert not kept[0].exists()
+        assert store.keep([], "nothing failed") is None
+    with EvidenceStore(tmp_path / "none", quota_mb=0) as store:
+        refused = store.keep([view(1)], "part")
+        assert refused is not None
+        assert not refused.stored
+    assert store.dropped == 1
+
+
+def test_the_gravest_cause_is_the_status(tmp_path: Path) -> None:
+    clock = health.clock()
+    causes = [
+        Cause(code="disk_high", severity="maintenance_required", thing="disk", text=""),
+        Cause(code="camera_fault", severity="failure", thing="s/top", text=""),
+    ]
+    told = health.assess(causes, Counts(), clock, 0)
+    assert told.status == "failure"
+    assert [cause.code for cause in told.reasons] == ["camera_fault", "disk_high"]
+    assert health.assess([], Counts(), clock, 0).status == "normal"
+    failing = health.storage_causes(Counts(failing="database or disk is full", dropped=3), tmp_path)
+    assert {"outbox_failing", "outbox_dropped"} <= {cause.code for cause in failing}
