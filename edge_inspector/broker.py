@@ -25,7 +25,17 @@ from edge_inspector import messages
 from edge_inspector.errors import InspectorError, OutboxError, SchemaError
 from edge_inspector.frames import Trigger, utc_now
 from edge_inspector.messages import (
-    Alert, Command, Gap, Head, ReplayEnd, ReplayRequest, Reply, ReplyError, Topics, TriggerRequest, VerdictMessage,
+    Alert,
+    Command,
+    Gap,
+    Head,
+    ReplayEnd,
+    ReplayRequest,
+    Reply,
+    ReplyError,
+    Topics,
+    TriggerRequest,
+    VerdictMessage,
 )  # fmt: skip
 from edge_inspector.mqtt import Acknowledged, Connection, Message
 from edge_inspector.outbox import Journalled, Outbox
@@ -108,15 +118,13 @@ class Broker:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Send what is committed (within a second), then stop."""
         self._closing.set()
         self.connection.wake()
         self._thread.join(1.5)
 
-    # --- for the daemon ---------------------------------------------------------------------------------------------------
+    # --- for the daemon
 
     def verdict(self, verdict: VerdictMessage) -> bool:
         """Tell the diverter, at once or never; returns whether there was a connection."""
@@ -136,11 +144,9 @@ class Broker:
 
     def alert(self, alert: Alert) -> None:
         """Tell people."""
-        self.connection.publish(
-            self.topics.of("alert", alert.station), messages.encode(alert), expires_s=ALERT_EXPIRES_S
-        )
+        self.connection.publish(self.topics.of("alert", alert.station), messages.encode(alert), expires_s=ALERT_EXPIRES_S)
 
-    # --- the thread ---------------------------------------------------------------------------------------------------------
+    # --- the thread
 
     def _run(self) -> None:
         try:
@@ -156,7 +162,7 @@ class Broker:
                 self._redeliver()
                 if self._closing.is_set() and end is None:
                     end = time.monotonic() + 1.0
-        except Exception as error:  # noqa: BLE001 - root of a thread: the daemon ends on `failure`
+        except Exception as error:
             log.exception("broker thread ended")
             self.failure = error
 
@@ -209,7 +215,7 @@ class Broker:
             station=station, stream=head.stream, lo=head.lo, hi=head.hi, gaps=tuple(gaps[omitted:]), gaps_omitted=omitted
         )
 
-    # --- results out ---------------------------------------------------------------------------------------------------------
+    # --- results out
 
     def _send_results(self) -> None:
         for station in self.outbox.stations:
@@ -265,7 +271,7 @@ class Broker:
         if token is not None:
             self._in_flight[token] = None
 
-    # --- messages in ------------------------------------------------------------------------------------------------------------
+    # --- messages in
 
     def _take(self, message: Message) -> None:
         levels = self.topics.within(message.topic)
@@ -297,8 +303,13 @@ class Broker:
         at = utc_now()
         self.alert(
             Alert(
-                station=station if station in self.stations else "device", change="raised", code="bad_message",
-                severity="off_spec", text=str(error)[:1000], at=at, expires_at=at + timedelta(seconds=ALERT_EXPIRES_S),
+                station=station if station in self.stations else "device",
+                change="raised",
+                code="bad_message",
+                severity="off_spec",
+                text=str(error)[:1000],
+                at=at,
+                expires_at=at + timedelta(seconds=ALERT_EXPIRES_S),
             )  # fmt: skip
         )
 

@@ -1,10 +1,10 @@
 """Bundles: a folder of flat files under a signed manifest. Write, read, sign, verify.
 
-    manifest.json   what it is, and size and sha256 of every other file
-    network.onnx    the one graph: pixels in, score, map and expected appearance out
-    sample-*.png    limit samples with their expected scores and verdicts: the self-test
-    report.html     how it was trained and calibrated
-    signature       Ed25519 over the bytes of manifest.json
+manifest.json   what it is, and size and sha256 of every other file
+network.onnx    the one graph: pixels in, score, map and expected appearance out
+sample-*.png    limit samples with their expected scores and verdicts: the self-test
+report.html     how it was trained and calibrated
+signature       Ed25519 over the bytes of manifest.json
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Manifest(TolerantModel):
     scale: float = Field(gt=0, description="what the network's scores were divided by")
     samples: tuple[Sample, ...] = Field(min_length=1, max_length=32)
     training: TrainedOn
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default_factory=dict)
     min_version: str = Field(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$")
     command: str = ""
     files: dict[str, FileEntry]
@@ -129,10 +129,11 @@ class Bundle:
 
     @property
     def network(self) -> Path:
+        """The ONNX file."""
         return self.folder / NETWORK
 
 
-# --- keys -----------------------------------------------------------------------------------------------------------
+# --- keys
 
 
 def key_id(public: Ed25519PublicKey) -> str:
@@ -147,9 +148,7 @@ def create_key(private: Path, trust: Path) -> str:
     Raises BundleError if `private` exists: a key is never overwritten.
     """
     key = Ed25519PrivateKey.generate()
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     private.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -161,9 +160,7 @@ def create_key(private: Path, trust: Path) -> str:
         file.write(pem)
     identity = key_id(key.public_key())
     trust.mkdir(parents=True, exist_ok=True)
-    public = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     (trust / f"{private.stem}-{identity}.pub").write_bytes(public)
     return identity
 
@@ -193,7 +190,7 @@ def trusted_keys(trust: Path) -> dict[str, Ed25519PublicKey]:
     return keys
 
 
-# --- write and sign ---------------------------------------------------------------------------------------------------
+# --- write and sign
 
 
 def file_entries(folder: Path) -> dict[str, FileEntry]:
@@ -227,7 +224,7 @@ def sign(folder: Path, key: Ed25519PrivateKey) -> str:
     return identity
 
 
-# --- read and verify ---------------------------------------------------------------------------------------------------
+# --- read and verify
 
 
 def _plain(folder: Path, name: str) -> Path:

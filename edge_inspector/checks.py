@@ -85,7 +85,9 @@ def _bundle(device: Device, name: str, bundles: dict[str, Bundle]) -> Finding:
         return Finding(thing, False, error.message, f"{error.hint}; bundles in {device.bundles}: {known}")
     bundles[name] = bundle
     manifest = bundle.manifest
-    return Finding(thing, True, f"release {manifest.release}, key {bundle.key_id}, its {len(manifest.samples)} samples judged right")
+    return Finding(
+        thing, True, f"release {manifest.release}, key {bundle.key_id}, its {len(manifest.samples)} samples judged right"
+    )
 
 
 def _cameras(device: Device, line: LineConfig, bundles: dict[str, Bundle]) -> Iterator[Finding]:
@@ -112,10 +114,8 @@ def _cameras(device: Device, line: LineConfig, bundles: dict[str, Bundle]) -> It
                 yield from _recipe(line, recipe_id, name, frame, bundles)
 
 
-def _recipe(
-    line: LineConfig, recipe_id: str, camera: str, frame: Frame, bundles: dict[str, Bundle]
-) -> Iterator[Finding]:
-    """Does a recipe fit what the camera delivers?"""
+def _recipe(line: LineConfig, recipe_id: str, camera: str, frame: Frame, bundles: dict[str, Bundle]) -> Iterator[Finding]:
+    """Say whether a recipe fits what the camera delivers."""
     from edge_inspector.preprocess import Plan, refuse_unlike  # noqa: PLC0415
 
     recipe = line.recipes[recipe_id].cameras.get(camera)
@@ -134,7 +134,7 @@ def _recipe(
             yield _faulty(thing, error)
 
 
-# --- the machine ---------------------------------------------------------------------------------------------------------
+# --- the machine
 
 
 def _package(name: str, module: str, *, needed: bool, hint: str) -> Finding:
@@ -162,12 +162,26 @@ def check_machine() -> list[Finding]:
         _package("torch", "torch", needed=False, hint='for training: pip install "edge-inspector[train]"'),
         _gpu(),
         _local_broker(),
-        Finding("clock", clock.ok, clock.source, "" if clock.ok else "start a time service (systemd-timesyncd, chrony); "
-                "until then results say clock_ok: false", needed=False),  # fmt: skip
-        Finding("disk", here.free > 1 << 30, f"{here.free / (1 << 30):.1f} GB free here", "" if here.free > 1 << 30 else
-                "results and pictures need room: free at least 1 GB"),  # fmt: skip
-        Finding("systemd", Path("/run/systemd/system").exists(), "running" if Path("/run/systemd/system").exists() else
-                "not running", "needed only to run as a service", needed=False),  # fmt: skip
+        Finding(
+            "clock",
+            clock.ok,
+            clock.source,
+            "" if clock.ok else "start a time service (systemd-timesyncd, chrony); until then results say clock_ok: false",
+            needed=False,
+        ),  # fmt: skip
+        Finding(
+            "disk",
+            here.free > 1 << 30,
+            f"{here.free / (1 << 30):.1f} GB free here",
+            "" if here.free > 1 << 30 else "results and pictures need room: free at least 1 GB",
+        ),  # fmt: skip
+        Finding(
+            "systemd",
+            Path("/run/systemd/system").exists(),
+            "running" if Path("/run/systemd/system").exists() else "not running",
+            "needed only to run as a service",
+            needed=False,
+        ),  # fmt: skip
     ]
     return [f if not f.ok else Finding(f.thing, True, f.text, needed=f.needed) for f in findings]
 

@@ -116,6 +116,7 @@ class LineConfig(Model):
 
     @property
     def bundles(self) -> set[str]:
+        """Names of all bundles that its recipes use."""
         return {bundle for recipe in self.recipes.values() for bundle in recipe.bundles}
 
     def reference(self) -> ConfigurationRef:

@@ -41,9 +41,7 @@ def topics_of(device: Device) -> Topics:
     return Topics(identity.site, identity.line, identity.device)
 
 
-def connection_of(
-    device: Device, client_id: str, subscriptions: tuple[str, ...] = (), will: Will | None = None
-) -> Connection:
+def connection_of(device: Device, client_id: str, subscriptions: tuple[str, ...] = (), will: Will | None = None) -> Connection:
     """A connection to the device's broker, not entered yet. Raises BrokerError for unreadable credentials."""
     broker = device.config.broker
     tls = None
@@ -121,9 +119,7 @@ class _Line:
             device, "-".join(("ei", *topics.root.split("/")[2:])), Broker.subscriptions(topics),
             Will(topics.of("state"), messages.encode(offline)),
         )  # fmt: skip
-        self.stations = {
-            name: Station(name, config, self._setting(evidence, config)) for name, config in line.stations.items()
-        }
+        self.stations = {name: Station(name, config, self._setting(evidence, config)) for name, config in line.stations.items()}
         self.broker = Broker(self.connection, topics, self.outbox, self.stations, tick=self.watchdog.loop("broker"))
         self.alarms = _Alarms(self.broker, self.stations)
         for part in (self.outbox, evidence, self.connection, self.broker):
@@ -232,7 +228,9 @@ def _serve(
             except InspectorError as error:
                 log.error("configuration refused, the old one stays in force: %s", error)
                 refused[:] = [
-                    Cause(code="configuration_refused", severity="maintenance_required", thing="line.yaml", text=str(error)[:500])
+                    Cause(
+                        code="configuration_refused", severity="maintenance_required", thing="line.yaml", text=str(error)[:500]
+                    )
                 ]
                 continue
             refused.clear()

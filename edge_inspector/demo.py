@@ -86,9 +86,7 @@ class EmbeddedBroker:
         self._broker = asyncio.run_coroutine_threadsafe(start(), self._loop).result(10)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Stop listening."""
         asyncio.run_coroutine_threadsafe(self._broker.shutdown(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -129,6 +127,7 @@ class Summary:
 
     @property
     def parts(self) -> int:
+        """Results counted."""
         return sum(self.verdicts.values())
 
 

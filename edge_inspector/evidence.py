@@ -44,9 +44,7 @@ class EvidenceStore:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Write what waits (within two seconds)."""
         try:
             self._jobs.put(None, timeout=1.0)

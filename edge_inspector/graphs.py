@@ -42,7 +42,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
-        if byte < 0x80:  # noqa: PLR2004 - protobuf's continuation bit
+        if byte < 0x80:  # protobuf's continuation bit
             return value, at
     raise ValueError("number too long")
 
@@ -56,7 +56,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             value, at = _varint(data, at)
             yield number, value
             continue
-        if kind == 2:  # noqa: PLR2004 - length-delimited
+        if kind == 2:  # length-delimited
             size, at = _varint(data, at)
         elif kind in (1, 5):
             size = 8 if kind == 1 else 4

@@ -51,9 +51,7 @@ def assess(causes: Iterable[Cause], outbox: Counts, clock_facts: ClockFacts, dro
         at=utc_now(),
         status=reasons[0].severity if reasons else "normal",
         reasons=tuple(reasons[:16]),
-        outbox=OutboxFacts(
-            pending=outbox.pending, used=round(outbox.used, 3), dropped=outbox.dropped, refused=outbox.refused
-        ),
+        outbox=OutboxFacts(pending=outbox.pending, used=round(outbox.used, 3), dropped=outbox.dropped, refused=outbox.refused),
         clock=clock_facts,
         dropped_messages=dropped_messages,
     )

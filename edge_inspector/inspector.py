@@ -14,7 +14,13 @@ from edge_inspector.errors import EngineError
 from edge_inspector.frames import Frame, Pixels
 from edge_inspector.recipes import CameraRecipe, Recipe, RoiRecipe, decide
 from edge_inspector.results import (
-    MAX_REGIONS, BundleRef, EngineRef, Finding, Reason, Times, Verdict,
+    MAX_REGIONS,
+    BundleRef,
+    EngineRef,
+    Finding,
+    Reason,
+    Times,
+    Verdict,
 )  # fmt: skip
 from edge_inspector.runtime import Engine
 

@@ -82,7 +82,9 @@ def read_password(path: Path | None) -> str | None:
     try:
         return path.read_text().splitlines()[0]
     except (OSError, IndexError, UnicodeDecodeError) as error:
-        raise BrokerError(f"{path}: no password to read: {error}", hint="put the broker's password in its first line") from error
+        raise BrokerError(
+            f"{path}: no password to read: {error}", hint="put the broker's password in its first line"
+        ) from error
 
 
 def tls_context(ca: Path | None, cert: Path | None, key: Path | None) -> ssl.SSLContext:
@@ -130,25 +132,21 @@ class Connection:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Disconnect and end within two seconds."""
         self._closing.set()
         self._gone.set()
         self._thread.join(2.0)
 
-    # --- for the owner -------------------------------------------------------------------------------------------------
+    # --- for the owner
 
-    def publish(
-        self, topic: str, payload: bytes, *, retain: bool = False, expires_s: float | None = None
-    ) -> int | None:
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, expires_s: float | None = None) -> int | None:
         """Send with QoS 1; returns the token that `Acknowledged` will carry, or None while there is no connection."""
         client = self._client
         if client is None or not self.connected.is_set():
             return None
         properties = None
-        if self.version == 5 and expires_s is not None:  # noqa: PLR2004
+        if self.version == 5 and expires_s is not None:
             properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
             properties.MessageExpiryInterval = max(1, round(expires_s))
         info = client.publish(topic, payload, qos=1, retain=retain, properties=properties)
@@ -176,7 +174,7 @@ class Connection:
         """A number that is another one for each connection; None while there is none."""
         return self._generation if self.connected.is_set() else None
 
-    # --- the supervising thread --------------------------------------------------------------------------------------------
+    # --- the supervising thread
 
     def _run(self) -> None:
         wait_s = _BACKOFF_S[0]
@@ -215,7 +213,7 @@ class Connection:
 
     def _connect(self, client: paho.Client) -> None:
         properties = None
-        if self.version == 5:  # noqa: PLR2004
+        if self.version == 5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = SESSION_EXPIRY_S
             properties.ReceiveMaximum = 100
@@ -225,7 +223,7 @@ class Connection:
     def _fall_back(self) -> None:
         """A broker that never spoke MQTT 5 may know 3.1.1 only: take turns."""
         if self.config.protocol == "auto" and not self._proven:
-            self.version = 4 if self.version == 5 else 5  # noqa: PLR2004
+            self.version = 4 if self.version == 5 else 5
         if not self.refusal:
             self._note(f"{self.endpoint}: no answer to CONNECT")
 
@@ -236,7 +234,7 @@ class Connection:
 
     def _made(self, generation: int) -> paho.Client:
         version = MQTTProtocolVersion(self.version)
-        options: dict[str, Any] = {} if self.version == 5 else {"clean_session": False}  # noqa: PLR2004
+        options: dict[str, Any] = {} if self.version == 5 else {"clean_session": False}
         client = paho.Client(
             CallbackAPIVersion.VERSION2, self.client_id, protocol=version, manual_ack=True,
             reconnect_on_failure=False, **options,
@@ -250,7 +248,7 @@ class Connection:
             client.tls_set_context(self._tls)
         if self._will is not None:
             properties = None
-            if self.version == 5:  # noqa: PLR2004
+            if self.version == 5:
                 properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
                 properties.WillDelayInterval = WILL_DELAY_S
             client.will_set(self._will.topic, self._will.payload, qos=1, retain=True, properties=properties)
@@ -288,12 +286,12 @@ class Connection:
 
 def probe(config: BrokerConfig, *, password: str | None, tls: ssl.SSLContext | None, timeout_s: float = 6.0) -> str:
     """Connect once; returns the protocol spoken. Raises BrokerError with the broker's own words."""
-    connection = Connection(config, f"ei-check-{random.getrandbits(32):08x}", password=password, tls=tls)  # noqa: S311
+    connection = Connection(config, f"ei-check-{random.getrandbits(32):08x}", password=password, tls=tls)
     with connection:
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             if connection.connected.wait(0.1):
-                return "MQTT 5" if connection.version == 5 else "MQTT 3.1.1"  # noqa: PLR2004
+                return "MQTT 5" if connection.version == 5 else "MQTT 3.1.1"
             if connection.refusal and "no answer" not in connection.refusal:
                 break
     raise BrokerError(

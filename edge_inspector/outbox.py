@@ -122,7 +122,7 @@ class Outbox:
         self._listeners: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name="outbox-committer", daemon=True)
 
-    # --- life --------------------------------------------------------------------------------------------------------
+    # --- life
 
     def __enter__(self) -> Outbox:
         """Open or create the file; give every trigger that a crash interrupted its result. Raises OutboxError."""
@@ -131,16 +131,12 @@ class Outbox:
             self._writer = self._opened()
             self._reader = self._connect("NORMAL")
         except (OSError, sqlite3.Error) as error:
-            raise OutboxError(
-                f"{self.path}: {error}", hint="check the state folder's permissions and free space"
-            ) from error
+            raise OutboxError(f"{self.path}: {error}", hint="check the state folder's permissions and free space") from error
         self._keep_ballast()
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Commit what was handed in (within two seconds) and close."""
         self._closing.set()
         with contextlib.suppress(queue.Full):
@@ -196,7 +192,7 @@ class Outbox:
             self._insert(connection, result)
             log.warning("trigger %s of station %s was interrupted by a restart: undecided", trigger_id, station)
 
-    # --- what others hand in --------------------------------------------------------------------------------------------
+    # --- what others hand in
 
     def submit(self, result: Result, *, expires_s: float | None = None) -> Future[Result]:
         """Hand a result to the committer. The Future gives it back with its id, stream and seq once it is on disk.
@@ -208,9 +204,7 @@ class Outbox:
         def apply(connection: sqlite3.Connection) -> Result:
             late = expires_s is not None and time.monotonic() > expires_s
             if late and result.verdict is Verdict.PASS:
-                return self._insert(
-                    connection, result.model_copy(update={"verdict": Verdict.UNDECIDED, "reason": Reason.LATE})
-                )
+                return self._insert(connection, result.model_copy(update={"verdict": Verdict.UNDECIDED, "reason": Reason.LATE}))
             return self._insert(connection, result)
 
         return self._hand_in(apply)
@@ -275,7 +269,7 @@ class Outbox:
         """Call `listener` (from the committer; it must not block) after every commit that stored results."""
         self._listeners.append(listener)
 
-    # --- what others read ------------------------------------------------------------------------------------------------
+    # --- what others read
 
     def head(self, station: str) -> Head:
         """The range kept of a station's stream."""
@@ -299,7 +293,7 @@ class Outbox:
             ).fetchall()
         return [(max(lo, a), min(hi, b)) for a, b in reversed(rows)]
 
-    # --- the committer -----------------------------------------------------------------------------------------------------
+    # --- the committer
 
     def _run(self) -> None:
         try:
@@ -313,7 +307,7 @@ class Outbox:
                     self._keep_ballast()
             self._commit([])
             self._checkpoint("TRUNCATE")
-        except Exception as error:  # noqa: BLE001 - root of a thread: the daemon ends on `failure`
+        except Exception as error:
             log.exception("outbox committer ended")
             self.failure = error
 
@@ -424,7 +418,7 @@ class Outbox:
         with contextlib.suppress(sqlite3.OperationalError):  # busy or full: the next one will do
             self._writer.execute(f"PRAGMA wal_checkpoint({mode})")
 
-    # --- bounds ---------------------------------------------------------------------------------------------------------------
+    # --- bounds
 
     def _make_room(self) -> None:
         """Drop the oldest passed results, then the oldest others; every drop becomes a gap."""

@@ -147,7 +147,7 @@ class Plan:
             if self._levels is None or self._levels.ndim != crop.ndim:
                 self._levels = np.empty((*self._largest, *crop.shape[2:]), np.uint8)
             crop = np.take(self._lut, crop, out=self._levels[:h, :w], mode="clip")
-        grey, order = crop.ndim == 2, self.spec.order  # noqa: PLR2004
+        grey, order = crop.ndim == 2, self.spec.order
         if grey == (order == "grey") and order != "rgb":
             return crop
         code = cv2.COLOR_GRAY2BGR if grey else cv2.COLOR_BGR2GRAY if order == "grey" else cv2.COLOR_BGR2RGB

@@ -25,6 +25,7 @@ class RoiRecipe(Roi):
 
     @property
     def shape(self) -> Roi:
+        """The region without its bundle."""
         return Roi(rectangle=self.rectangle, polygon=self.polygon)
 
 
@@ -65,12 +66,12 @@ class Recipe(Model):
 
     @property
     def bundles(self) -> set[str]:
+        """Names of the bundles that it uses."""
         return {roi.bundle for camera in self.cameras.values() for roi in camera.rois.values()}
 
     def reference(self, identity: str) -> RecipeRef:
         """Its id with the hash of its content."""
         return RecipeRef(id=identity, hash=hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12])
-
 
 
 def decide(findings: Iterable[Finding], decision: Decision) -> tuple[Verdict, Reason]:

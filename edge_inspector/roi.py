@@ -63,5 +63,5 @@ class Roi(Model):
                 crosses = (rows >= min(y1, y2)) & (rows < max(y1, y2))
                 inside ^= crosses & (columns <= x1 + (rows - y1) * dx / dy)
             along = np.clip(((columns - x1) * dx + (rows - y1) * dy) / max(dx * dx + dy * dy, 1.0), 0.0, 1.0)
-            edge |= np.hypot(columns - x1 - along * dx, rows - y1 - along * dy) <= 0.5  # noqa: PLR2004 - half a pixel
+            edge |= np.hypot(columns - x1 - along * dx, rows - y1 - along * dy) <= 0.5  # half a pixel
         return (inside | edge).astype(np.uint8)

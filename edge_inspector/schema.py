@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases are not allowed", mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: ARG002 - as in PyYAML
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -154,8 +154,12 @@ def _fault(model: type[BaseModel], error: Any) -> Fault:
         return Fault(path, "unknown key", suggestion=_suggestion(str(location[-1]), _known_keys(model, location[:-1])))
     if kind in ("literal_error", "enum"):
         allowed = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
-        return Fault(path, f"must be one of {', '.join(allowed)}", found, _suggestion(str(error["input"]), allowed)
-                     if get_close_matches(str(error["input"]), allowed, n=1) else "")
+        return Fault(
+            path,
+            f"must be one of {', '.join(allowed)}",
+            found,
+            _suggestion(str(error["input"]), allowed) if get_close_matches(str(error["input"]), allowed, n=1) else "",
+        )
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     return Fault(path, message.replace("input should be", "must be"), found)

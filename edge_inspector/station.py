@@ -114,16 +114,14 @@ class Station:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Finish the part at hand, then stop; triggers that still wait become undecided at the next start."""
         self._closing.set()
         self._thread.join(2.0)
         self.setting.forget(self._thread.name)
         self._stack.close()
 
-    # --- for the broker -----------------------------------------------------------------------------------------------------
+    # --- for the broker
 
     def offer(self, trigger: Trigger) -> None:
         """Take a journalled trigger; never blocks."""
@@ -164,7 +162,7 @@ class Station:
             causes.append(Cause(code="halted", severity="check_function", thing=self.name, text="halted by command"))
         return causes
 
-    # --- the thread ------------------------------------------------------------------------------------------------------------
+    # --- the thread
 
     def _run(self) -> None:
         engines = ExitStack()
@@ -177,7 +175,7 @@ class Station:
                     self._free_part()
                 else:
                     self._triggered_part()
-        except Exception as error:  # noqa: BLE001 - root of a thread: the daemon ends on `failure`
+        except Exception as error:
             log.exception("station %s ended", self.name)
             self.failure = error
         finally:
@@ -219,7 +217,7 @@ class Station:
         """Tell whether the station is ready; the daemon calls it once `voice` is set."""
         self._tell_ready()
 
-    # --- parts ---------------------------------------------------------------------------------------------------------------------
+    # --- parts
 
     def _triggered_part(self) -> None:
         try:
@@ -312,7 +310,7 @@ class Station:
             return None
         return None
 
-    # --- results ---------------------------------------------------------------------------------------------------------------------
+    # --- results
 
     def _finish(
         self,

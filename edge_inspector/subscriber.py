@@ -85,7 +85,8 @@ class Subscriber:
 
     def results(self, timeout_s: float) -> Iterator[Result]:
         """Yield results, in order per station, until none came for `timeout_s`. A result counts as taken when the
-        next one is asked for."""
+        next one is asked for.
+        """
         quiet_until = time.monotonic() + timeout_s
         while time.monotonic() < quiet_until:
             self._receive(min(0.2, timeout_s))
@@ -111,7 +112,7 @@ class Subscriber:
         part.write_text(json.dumps({name: [s.stream, s.next] for name, s in self._streams.items() if s.stream}))
         os.replace(part, self._state)
 
-    # --- messages in -------------------------------------------------------------------------------------------------------
+    # --- messages in
 
     def _receive(self, wait_s: float) -> None:
         with contextlib.suppress(queue.Empty):
@@ -184,7 +185,7 @@ class Subscriber:
             for seq in [seq for seq in stream.waiting if seq < stream.next]:
                 del stream.waiting[seq]
 
-    # --- gaps ------------------------------------------------------------------------------------------------------------------
+    # --- gaps
 
     def _notice_gap(self, name: str, stream: _Stream) -> None:
         now = time.monotonic()

@@ -71,10 +71,14 @@ def certificates(tmp_path: Path) -> Path:
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], check=True, capture_output=True, cwd=tmp_path)
 
-    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2")
+    openssl(
+        "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2"
+    )
     openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", "s.key", "-out", "s.csr", "-subj", "/CN=127.0.0.1")
     (tmp_path / "ext").write_text("subjectAltName=IP:127.0.0.1")
-    openssl("x509", "-req", "-in", "s.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-out", "s.pem", "-extfile", "ext", "-days", "2")
+    openssl(
+        "x509", "-req", "-in", "s.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-out", "s.pem", "-extfile", "ext", "-days", "2"
+    )
     for name in ("s.key", "s.pem", "ca.pem"):
         (tmp_path / name).chmod(0o644)
     return tmp_path
@@ -187,5 +191,5 @@ def test_a_subscriber_skips_only_what_the_quota_dropped(sending: tuple[Outbox, B
         found = collected(subscriber, kept, 120)
     seqs = [r.seq for r in found]
     assert seqs == sorted(set(seqs))
-    assert {n for n in range(100, 8001, 100)} <= set(seqs)
+    assert set(range(100, 8001, 100)) <= set(seqs)
     assert subscriber.skipped > 0

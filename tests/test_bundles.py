@@ -92,7 +92,13 @@ def _hash(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
-    [(_extra, "does not list"), (_missing, "missing"), (_link, "not a plain file"), (_size, "manifest says"), (_hash, "sha256")],
+    [
+        (_extra, "does not list"),
+        (_missing, "missing"),
+        (_link, "not a plain file"),
+        (_size, "manifest says"),
+        (_hash, "sha256"),
+    ],
 )
 def test_files_that_are_not_what_the_manifest_says_are_refused(bundle: Path, spoil: Callable[[Path], None], words: str) -> None:
     spoil(bundle)

@@ -77,7 +77,10 @@ def test_a_recording_ends_or_loops() -> None:
 
 
 def test_pixels_cross_the_process_border_unchanged() -> None:
-    with camera("synthetic://?isolate=1&fps=50&seed=3&depth=16&grey=1") as far, camera("synthetic://?seed=3&depth=16&grey=1") as near:
+    with (
+        camera("synthetic://?isolate=1&fps=50&seed=3&depth=16&grey=1") as far,
+        camera("synthetic://?seed=3&depth=16&grey=1") as near,
+    ):
         a, b = taken(far, 5), taken(near, 5)
     by_name = {f.source_id: f.image for f in b}
     common = [f for f in a if f.source_id in by_name]
@@ -192,7 +195,9 @@ def test_nothing_is_left_behind_after_closing() -> None:
     before = len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
     with camera("synthetic://?fps=30&isolate=1") as source:
         taken(source, 3)
-        child = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "cameras.isolation"], capture_output=True, text=True, check=False)
+        child = subprocess.run(
+            ["pgrep", "-P", str(os.getpid()), "-f", "cameras.isolation"], capture_output=True, text=True, check=False
+        )
         assert child.stdout.strip()
     until(lambda: len(os.listdir("/proc/self/fd")) <= before[0], 5, "descriptors closed")
     assert set(os.listdir("/dev/shm")) <= before[1]
@@ -201,7 +206,7 @@ def test_nothing_is_left_behind_after_closing() -> None:
 
 
 class _Mjpeg(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
         self.end_headers()

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from edge_inspector.results import Reason, Verdict
 from tests.line import (
-    ENGINES, DaemonProcess, Listener, Mosquitto, collected, device_folder, line_yaml, listening, subscribing, until,
+    ENGINES,
+    DaemonProcess,
+    Listener,
+    Mosquitto,
+    collected,
+    device_folder,
+    line_yaml,
+    listening,
+    subscribing,
+    until,
 )  # fmt: skip
 
 

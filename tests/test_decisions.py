@@ -16,7 +16,15 @@ from edge_inspector import scoring
 from edge_inspector.documents import SCHEMAS
 from edge_inspector.recipes import Decision, decide
 from edge_inspector.results import (
-    MAX_RESULT_BYTES, BundleRef, EngineRef, Finding, Reason, Region, Result, Verdict, rfc3339,
+    MAX_RESULT_BYTES,
+    BundleRef,
+    EngineRef,
+    Finding,
+    Reason,
+    Region,
+    Result,
+    Verdict,
+    rfc3339,
 )  # fmt: skip
 from edge_inspector.roi import Rectangle, Roi
 from edge_inspector.schema import json_schema

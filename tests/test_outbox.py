@@ -90,7 +90,7 @@ def test_the_quota_drops_passed_results_first_and_every_drop_is_a_gap(tmp_path: 
     missing = {seq for lo, hi in gaps for seq in range(lo, hi + 1)}
     assert missing | kept == set(range(1, head.hi + 1))
     assert not missing & kept
-    assert {n for n in range(10, total + 1, 10)} <= kept, "a failed part was dropped while passed ones were there"
+    assert set(range(10, total + 1, 10)) <= kept, "a failed part was dropped while passed ones were there"
     size = sum(p.stat().st_size for p in tmp_path.iterdir() if p.name.startswith("outbox"))
     assert size < (4 << 20) + (1 << 20)
 
@@ -165,7 +165,7 @@ def test_a_full_disk_never_wedges_and_loses_nothing_accepted(small_disk: Path) -
     """Somebody else fills the disk: results wait, passes are dropped for room, and it goes on without a restart."""
     accepted: list[int] = []
     with Outbox(small_disk, ["s"], quota_mb=64) as outbox:
-        until(lambda: (small_disk / "ballast").exists(), what="ballast")
+        until((small_disk / "ballast").exists, what="ballast")
         for n in range(1, 200):
             accepted.append(outbox.append(result(n, Verdict.FAIL if n % 10 == 0 else Verdict.PASS, "x" * 200)).seq)
         fill = small_disk / "fill"
@@ -203,5 +203,3 @@ def test_reading_does_not_wait_for_writing(tmp_path: Path) -> None:
         blocker.execute("ROLLBACK")
         blocker.close()
         assert future.result(10).seq == 2
-
-

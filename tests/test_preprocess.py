@@ -112,7 +112,7 @@ def test_regions_are_boxes_with_area_in_frame_pixels_and_square_millimetres() ->
     assert (wide.x_px, wide.y_px, wide.w_px, wide.h_px, wide.area_px, wide.area_mm2) == (13, 24, 5, 2, 10, 2.5)
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------------
+# --- pictures
 
 
 def test_truncated_empty_and_foreign_files_are_refused_with_their_name(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_alpha_is_dropped_and_sixteen_bits_are_kept() -> None:
     assert np.array_equal(pictures.decode(pictures.encoded(deep), "x"), deep)
 
 
-# --- the engine contract, for every implementation ----------------------------------------------------------------------------
+# --- the engine contract, for every implementation
 
 
 @pytest.mark.parametrize("kind", [OnnxEngine])
@@ -168,7 +168,7 @@ def test_a_network_that_computes_something_else_fails_its_samples() -> None:
         judge_samples(engine)
 
 
-# --- inspector ---------------------------------------------------------------------------------------------------------------------
+# --- inspector
 
 
 def recipe(rois: dict[str, RoiRecipe] | None = None, decision: Decision | None = None) -> Recipe:

@@ -31,7 +31,12 @@ def test_the_daemon_tells_systemd_ready_status_watchdog_and_stopping(tmp_path: P
         listener.settimeout(10)
         with DaemonProcess(folder, {"NOTIFY_SOCKET": str(tmp_path / "notify")}) as daemon:
             heard: list[str] = []
-            until(lambda: heard.append(listener.recv(4096).decode()) or "WATCHDOG=1" in heard and any("STATUS=" in h for h in heard))
+
+            def complete() -> bool:
+                heard.append(listener.recv(4096).decode())
+                return "WATCHDOG=1" in heard and any("STATUS=" in h for h in heard)
+
+            until(complete, what="WATCHDOG and STATUS")
             assert heard[0] == "READY=1"
             assert any("no broker" in h for h in heard if h.startswith("STATUS="))
             assert daemon.stop() == 0
@@ -73,7 +78,7 @@ def view(seed: int) -> View:
         camera="top", roi="all", verdict=Verdict.FAIL, reason=Reason.ABOVE_THRESHOLD, score=2.0, threshold=1.0, ratio=2.0,
         bundle=BundleRef(name="b", release=1, sha256="ab"), engine=EngineRef(runtime="x", precision="fp32"), regions=(region,),
     )  # fmt: skip
-    return View(finding, seen, seen[:, :, 0].astype(np.float32) / 100, seen, (0, 0))
+    return View(finding, seen, (seen[:, :, 0] / 100).astype(np.float32), seen, (0, 0))
 
 
 def test_evidence_is_kept_within_its_quota_newest_last(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class _Guard:
 
     def fault(self, frame: Frame) -> tuple[Reason, str] | None:
         image, info = frame.image, self.info
-        found = (image.shape[1], image.shape[0], 1 if image.ndim == 2 else 3, image.dtype.itemsize * 8)  # noqa: PLR2004
+        found = (image.shape[1], image.shape[0], 1 if image.ndim == 2 else 3, image.dtype.itemsize * 8)
         wanted = (info.width, info.height, info.channels, info.depth_bits)
         if not info.simulated and found != wanted:
             return Reason.WRONG_FORMAT, f"frame {found}, opened as {wanted}"
@@ -104,16 +104,14 @@ class Camera:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """End within two seconds, whatever the driver does."""
         self._closing.set()
         with self._changed:
             self._changed.notify_all()
         self._thread.join(2.0)
 
-    # --- for the station ----------------------------------------------------------------------------------------------
+    # --- for the station
 
     def trigger(self) -> None:
         """Ask for one image: `next` gives the first frame captured from now on."""
@@ -140,7 +138,7 @@ class Camera:
                     return None
                 self._changed.wait(min(left, _WAIT_S))
 
-    # --- the supervising thread -------------------------------------------------------------------------------------------
+    # --- the supervising thread
 
     def _run(self) -> None:
         wait_s = _BACKOFF_S[0]

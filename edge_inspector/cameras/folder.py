@@ -21,7 +21,7 @@ _NOTHING: Pixels = frozen(np.zeros((0, 0), np.uint8))
 def info_of(image: Pixels, fps: float) -> Info:
     """What a source of such pictures delivers."""
     return Info(
-        width=image.shape[1], height=image.shape[0], channels=1 if image.ndim == 2 else 3,  # noqa: PLR2004
+        width=image.shape[1], height=image.shape[0], channels=1 if image.ndim == 2 else 3,
         depth_bits=image.dtype.itemsize * 8, fps=fps or None, triggerable=True, pulled=not fps, simulated=True,
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ judged half old and half new.
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import json
 import mmap
@@ -55,7 +56,7 @@ class _Ring:
         return np.frombuffer(self._map, np.uint8, self.frame_bytes, _HEADER + number * self.frame_bytes)
 
 
-# --- the parent ---------------------------------------------------------------------------------------------------------
+# --- the parent
 
 
 class IsolatedSource:
@@ -143,14 +144,12 @@ class IsolatedSource:
         self._socket.close()
         self._ring = None
         self._child.kill()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # dead as soon as the driver lets go; Popen reaps it later
             self._child.wait(0.5)
-        except subprocess.TimeoutExpired:
-            pass  # it is dead as soon as the driver lets go; Popen reaps it when the next child is made
         self._child = None
 
 
-# --- the child ------------------------------------------------------------------------------------------------------------
+# --- the child
 
 
 class _Sender:

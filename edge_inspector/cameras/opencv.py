@@ -56,7 +56,7 @@ class OpencvSource:
         if not done or first is None or not first.size:
             raise CameraError(f"{config.uri}: opened, but gives no frame", hint=hint)
         fps = capture.get(cv2.CAP_PROP_FPS)
-        info = Info(first.shape[1], first.shape[0], 1 if first.ndim == 2 else 3, first.dtype.itemsize * 8, fps or None)  # noqa: PLR2004
+        info = Info(first.shape[1], first.shape[0], 1 if first.ndim == 2 else 3, first.dtype.itemsize * 8, fps or None)
         check_format(config, info)
         if config.fps is not None and abs(fps - config.fps) > _STEP * config.fps:
             raise CameraError(f"{config.uri}: {fps:g} frames/s, the configuration sets {config.fps:g}")

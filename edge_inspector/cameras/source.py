@@ -63,6 +63,7 @@ class Address:
 
     @classmethod
     def of(cls, uri: str) -> Address:
+        """Take a URI apart."""
         parts = urlsplit(uri)
         return cls(uri, parts.scheme, unquote(parts.netloc + parts.path), dict(parse_qsl(parts.query)))
 

@@ -12,7 +12,11 @@ from edge_inspector.cameras.source import Address, Source
 from edge_inspector.cameras.synthetic import LETHAL, SyntheticSource
 from edge_inspector.config import CameraConfig
 
-_KINDS: dict[str, Callable[[CameraConfig, Path], Source]] = {"dir": FolderSource, "file": VideoSource, "synthetic": SyntheticSource}
+_KINDS: dict[str, Callable[[CameraConfig, Path], Source]] = {
+    "dir": FolderSource,
+    "file": VideoSource,
+    "synthetic": SyntheticSource,
+}
 
 
 def direct_source(config: CameraConfig, base: Path) -> Source:

@@ -40,7 +40,7 @@ def draw_part(rng: np.random.Generator, height: int, width: int, defect: bool) -
         angle, reach = rng.uniform(0, 2 * np.pi), 0.25 * min(height, width) * rng.uniform(0.2, 1)
         x, y = round(cx + reach * np.cos(angle)), round(cy + reach * np.sin(angle))
         size = max(2, min(height, width) // 24)
-        if rng.random() < 0.5:  # noqa: PLR2004 - one defect of two
+        if rng.random() < 0.5:  # one defect of two
             cv2.circle(picture, (x, y), size, (60, 70, 80), -1, cv2.LINE_AA)
         else:
             end = (x + rng.integers(-4 * size, 4 * size), y + rng.integers(-4 * size, 4 * size))
@@ -65,7 +65,7 @@ class SyntheticSource:
         self._fault, self._after = address.options.get("fault", ""), int(address.number("after", 0))
         if self._fault and self._fault not in FAULTS:
             raise CameraError(f"{self.config.uri}: unknown fault {self._fault!r}", hint=f"allowed: {', '.join(FAULTS)}")
-        if min(self._size) < 16 or self._depth not in (8, 16):  # noqa: PLR2004
+        if min(self._size) < 16 or self._depth not in (8, 16):
             raise CameraError(f"{self.config.uri}: width and height are at least 16, depth is 8 or 16")
         fps = address.number("fps", 0)
         self._pace = Pace(fps)
@@ -80,7 +80,7 @@ class SyntheticSource:
         image: Pixels = draw_part(rng, *self._size, defect)
         if self._grey:
             image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-        return frozen(image.astype(np.uint16) << 4 if self._depth == 16 else image)  # noqa: PLR2004 - 12 bit in 16
+        return frozen(image.astype(np.uint16) << 4 if self._depth == 16 else image)  # 12 bit in 16
 
     def read(self, timeout_s: float) -> Frame | None:
         """Draw the next part. Raises CameraEnded after `count`, CameraError as the fault demands."""

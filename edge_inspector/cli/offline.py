@@ -80,9 +80,7 @@ def train(
         from edge_inspector.training.orders import Order  # noqa: PLC0415
         from edge_inspector.training.orders import train as run  # noqa: PLC0415
     except ImportError as error:
-        raise InspectorError(
-            f"training is not installed: {error}", hint='pip install "edge-inspector[train]"'
-        ) from error
+        raise InspectorError(f"training is not installed: {error}", hint='pip install "edge-inspector[train]"') from error
     settings = Settings(size=size, width=width, gan_steps=gan_steps, encoder_steps=encoder_steps, seed=seed)
     order = Order(
         folder=folder, out=out_folder / (name or product), product=product, name=name or product, key=signing,

@@ -191,4 +191,3 @@ def schema(
         print_json(json_schema(SCHEMAS[name]))
     else:
         raise InspectorError(f"no schema {name!r}", hint=f"there are: {', '.join(SCHEMAS)}")
-

@@ -88,9 +88,7 @@ def survey(folder: Path) -> Pictures:
     return Pictures(fit, held_out, height, width, channels, bits, digest.hexdigest(), tuple(warnings))
 
 
-def load_tiles(
-    paths: Sequence[Path], spec: InputSpec, roi: Roi, window: preprocess.Window | None
-) -> NDArray[np.uint8]:
+def load_tiles(paths: Sequence[Path], spec: InputSpec, roi: Roi, window: preprocess.Window | None) -> NDArray[np.uint8]:
     """Every tile of every picture as the network will see it on the line: uint8 [N, H, W, C]."""
     out = []
     plans: dict[tuple[int, int], preprocess.Plan] = {}

@@ -22,6 +22,7 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
+        """Exact 95 % confidence interval."""
         return scoring.interval(self.k, self.n)
 
     def __str__(self) -> str:
@@ -30,6 +31,7 @@ class Rate:
         return f"{share} ({self.k} of {self.n}; 95 % interval {low:.1%} to {high:.1%})"
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values."""
         return {"k": self.k, "n": self.n, "rate": self.k / self.n if self.n else None, "interval95": self.interval}
 
 
@@ -45,6 +47,7 @@ class Evaluation:
     escape_by_kind: dict[str, Rate]
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values."""
         return {
             "bundle": self.bundle,
             "threshold": self.threshold,

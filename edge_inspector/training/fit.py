@@ -77,7 +77,7 @@ class Fit:
     def _placed(self, network: Any) -> Any:
         return network.to(device=self.device, memory_format=torch.channels_last)
 
-    # --- the two loops ---------------------------------------------------------------------------------------------
+    # --- the two loops
 
     def run(self, on_progress: Callable[[Progress], None], *, save_every: int = 100) -> fanogan.FanoganGraph:
         """Train from where the checkpoint ends; returns the graph in evaluation mode."""
@@ -140,7 +140,7 @@ class Fit:
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
 
-    # --- what people look at ------------------------------------------------------------------------------------------
+    # --- what people look at
 
     @torch.no_grad()
     def sheet(self) -> NDArray[np.uint8]:
@@ -156,7 +156,7 @@ class Fit:
         pixels = ((torch.cat([torch.cat(list(row), 2) for row in rows], 1) + 1) * 127.5).clamp(0, 255)
         return np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
 
-    # --- checkpoints ----------------------------------------------------------------------------------------------------
+    # --- checkpoints
 
     def _networks(self) -> dict[str, Any]:
         return {"g": self.g, "d": self.d, "e": self.e}
@@ -186,7 +186,7 @@ class Fit:
             return
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:  # noqa: BLE001 - a damaged archive raises whatever its unpickler meets
+        except Exception as error:
             raise TrainingError(f"{path}: damaged checkpoint: {error}", hint="delete it, or train with --restart") from error
         if state["key"] != self.key:
             raise TrainingError(

@@ -75,7 +75,7 @@ def train(order: Order, on_progress: Callable[[Progress], None] = lambda _: None
         shutil.rmtree(work, ignore_errors=True)
     _make(work)
     surveyed = data.survey(order.folder)
-    if surveyed.depth_bits != 8 and order.intensity_window is None:  # noqa: PLR2004
+    if surveyed.depth_bits != 8 and order.intensity_window is None:
         raise TrainingError(
             f"{order.folder}: {surveyed.depth_bits}-bit pictures need --intensity-window LOW HIGH",
             hint="0 4095 for a 12-bit camera, 0 1023 for 10 bit",
@@ -128,7 +128,10 @@ def _bundle(
     )
     manifest = draft.model_copy(
         update={
-            "calibration": calibration, "threshold": promise.threshold, "scale": scale, "samples": samples,
+            "calibration": calibration,
+            "threshold": promise.threshold,
+            "scale": scale,
+            "samples": samples,
             "metrics": {"parity": parity},
         }  # fmt: skip
     )

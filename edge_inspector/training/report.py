@@ -32,7 +32,7 @@ def _embedded(image: Pixels, zoom: int) -> str:
 
 def _histogram(scores: Sequence[float], threshold: float) -> str:
     """Scores of held-out good parts as inline SVG, with the threshold."""
-    top = max(max(scores), threshold) * 1.1
+    top = max(*scores, threshold) * 1.1
     counts, _ = np.histogram(scores, bins=_BARS, range=(0, top))
     bars = "".join(
         f'<rect x="{i * 15}" y="{150 - 140 * n / max(counts):.1f}" width="13" height="{140 * n / max(counts):.1f}" fill="#47a"/>'

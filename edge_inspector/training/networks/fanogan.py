@@ -109,10 +109,12 @@ class Shrinker(nn.Module):
 
 
 def critic(size: int, channels: int, width: int) -> Shrinker:
+    """D: one output, layer norm."""
     return Shrinker(size, channels, width, 1, "layer")
 
 
 def encoder(size: int, channels: int, width: int) -> Shrinker:
+    """E: LATENT outputs, batch norm."""
     return Shrinker(size, channels, width, LATENT, "batch")
 
 
@@ -183,7 +185,7 @@ class FanoganGraph(nn.Module):
     def balance(self, image: Tensor) -> None:
         """Set the terms' units from good pictures that the networks were not fitted to: uint8 [N, S, S, C]."""
         peaks = []
-        for part in image.split(64):
+        for part in image.split(64):  # type: ignore[no-untyped-call]
             x = part.float().permute(0, 3, 1, 2) / 127.5 - 1
             terms = self._terms(x, torch.ones_like(x[:, :1]), self.g(self.e(x)))
             peaks.append(torch.stack([term.amax((1, 2, 3)) for term in terms]))
@@ -192,7 +194,7 @@ class FanoganGraph(nn.Module):
         self.feature_unit.copy_(feature)
 
     def forward(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """image uint8 [N, S, S, C], valid uint8 [N, S, S] (0 = not judged) -> score [N], map [N, S, S], expected uint8."""
+        """Image uint8 [N, S, S, C], valid uint8 [N, S, S] (0 = not judged) -> score [N], map [N, S, S], expected uint8."""
         x = image.float().permute(0, 3, 1, 2) / 127.5 - 1
         judged = valid.float().unsqueeze(1).clamp(max=1.0)
         again = self.g(self.e(x))
