@@ -35,8 +35,8 @@ def _histogram(scores: Sequence[float], threshold: float) -> str:
     top = max(*scores, threshold) * 1.1
     counts, _ = np.histogram(scores, bins=_BARS, range=(0, top))
     bars = "".join(
-        f'<rect x="{i * 15}" y="{150 - 140 * n / max(counts):.1f}" width="13" height="{140 * n / max(counts):.1f}" fill="#47a"/>'
-        for i, n in enumerate(counts)
+        f'<rect x="{i * 15}" y="{150 - height:.1f}" width="13" height="{height:.1f}" fill="#47a"/>'
+        for i, height in enumerate(140 * counts / counts.max())
     )
     x = threshold / top * _BARS * 15
     return (
@@ -64,7 +64,8 @@ def render(
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in surveyed.warnings) or "<li>nothing odd was found</li>"
     shown = "".join(
-        f"<figure>{_embedded(image, 2)}<figcaption>{html.escape(s.file)}: {s.score:.3f}, {s.verdict.value}</figcaption></figure>"
+        f"<figure>{_embedded(image, 2)}<figcaption>{html.escape(s.file)}: {s.score:.3f}, {s.verdict.value}</figcaption>"
+        "</figure>"
         for s, image in samples
     )
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(manifest.name)}</title>

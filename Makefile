@@ -1,0 +1,44 @@
+# make demo   the whole line on a shipped recording, in a virtual environment of its own
+# make test   every test, with all that it needs
+# make lint   ruff and mypy
+PYTHON ?= python3
+VENV ?= .venv
+# TORCH= leaves training, and its tests, out.
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+APT = command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]
+
+.PHONY: demo test lint
+demo: $(VENV)/.demo
+	$(BIN)/edge-inspector demo
+
+test: $(VENV)/.test
+	@command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || { $(APT) && apt-get update -qq && \
+	  apt-get install -y -qq mosquitto openssl >/dev/null; } || \
+	  echo "left out: tests with a real broker (apt install mosquitto openssl)"
+	@command -v systemd-analyze >/dev/null || { $(APT) && apt-get install -y -qq systemd >/dev/null; } || \
+	  echo "left out: the check of the systemd unit (no systemd-analyze)"
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install -q -e ".[demo]"
+	@# opencv-python needs libGL, which a bare server lacks.
+	@$(BIN)/python -c 'import cv2' 2>/dev/null || { $(APT) && apt-get update -qq && \
+	  apt-get install -y -qq libgl1 libglib2.0-0 >/dev/null && $(BIN)/python -c 'import cv2'; } || { \
+	  echo "OpenCV's windows need libGL, which is not here: taking the headless variant"; \
+	  $(BIN)/pip uninstall -q -y opencv-python && $(BIN)/pip install -q opencv-python-headless; }
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	@[ -z "$(TORCH)" ] || $(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q onnx -e ".[test]"
+	@touch $@

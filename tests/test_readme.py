@@ -1,0 +1,46 @@
+"""What README, ARCHITECTURE and the demo's page say is so: links, verbs, options, and the Python example."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from edge_inspector.cli import app
+from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, until
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "engines" / "README.md", ROOT / "systemd" / "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_exists_with_its_options(page: Path) -> None:
+    group = typer.main.get_command(app)
+    verbs = group.commands  # type: ignore[attr-defined]
+    for line in re.findall(r"^(?:sudo )?(?:\S*/)?edge-inspector (.+)$", page.read_text(), re.MULTILINE):
+        words = shlex.split(line, comments=True)
+        assert words[0] in verbs, line
+        known = {option for parameter in verbs[words[0]].params for option in parameter.opts}
+        assert {word for word in words[1:] if word.startswith("--")} <= known, line
+
+
+def test_the_python_example_runs(tmp_path: Path, mosquitto: Mosquitto, capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml(trigger="free"))
+    with DaemonProcess(folder) as daemon:
+        until(lambda: "ready: sheet" in daemon.log, what="ready")
+        exec(code.group(1), {"path": folder / "device.yaml"})  # noqa: S102 - the example itself
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 60
+    assert lines[0].startswith("paper-001 pass below_threshold") or lines[0].startswith("paper-001 fail")
