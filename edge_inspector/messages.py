@@ -40,6 +40,12 @@ class Topics:
         return tuple(topic[len(prefix) :].split("/")) if topic.startswith(prefix) else ()
 
 
+class Tagged(TolerantModel):
+    """Any message of ours, as far as its kind."""
+
+    schema_: str = Field("", alias="schema")
+
+
 class TriggerRequest(TolerantModel):
     """trigger/{station}: inspect one part now."""
 

@@ -240,7 +240,7 @@ class Connection:
             reconnect_on_failure=False, **options,
         )  # fmt: skip
         client.connect_timeout = _CONNECT_TIMEOUT_S
-        client.max_inflight_messages_set(10 * IN_FLIGHT)
+        client.max_inflight_messages_set(IN_FLIGHT)
         client.max_queued_messages_set(10 * IN_FLIGHT)
         if self.config.username is not None:
             client.username_pw_set(self.config.username, self._password)

@@ -21,7 +21,7 @@ from typing import Literal
 
 from edge_inspector import messages
 from edge_inspector.errors import InspectorError, SchemaError
-from edge_inspector.messages import Gap, Head, ReplayEnd, ReplayRequest, Topics
+from edge_inspector.messages import Gap, Head, ReplayEnd, ReplayRequest, Tagged, Topics
 from edge_inspector.mqtt import Connection, Message
 from edge_inspector.results import Result
 
@@ -138,7 +138,7 @@ class Subscriber:
             log.warning("ignored: %s", error)
 
     def _take_replay(self, name: str, message: Message) -> None:
-        kind = json.loads(message.payload).get("schema", "")
+        kind = messages.decode(Tagged, message.payload, message.topic).schema_
         stream = self._streams.setdefault(name, _Stream())
         if kind == "ei.gap.v1":
             self._skip(name, messages.decode(Gap, message.payload, message.topic))

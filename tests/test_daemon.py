@@ -6,6 +6,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from edge_inspector.results import Reason, Verdict
 from tests.line import (
     ENGINES,
@@ -25,6 +27,8 @@ def ready(listener: Listener, station: str = "sheet") -> None:
     until(lambda: any(r["ready"] for r in listener.of("ready", station)), what="ready")
 
 
+# amqtt leaves the sockets of clients that it refuses (MQTT 5) to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 def test_every_trigger_gets_a_verdict_and_a_record_that_agree(tmp_path: Path, any_broker_port: int) -> None:
     folder = device_folder(tmp_path / "device", any_broker_port, line_yaml())
     with listening(any_broker_port) as listener, DaemonProcess(folder), subscribing(any_broker_port) as subscriber:
@@ -220,3 +224,57 @@ def test_a_second_daemon_on_the_same_state_is_refused(tmp_path: Path, mosquitto:
         assert second.process is not None
         assert second.process.wait(15) == 2
         assert "another edge-inspector runs" in daemon.log
+
+
+TWO_CAMERAS = f"""\
+schema: ei.line.v1
+stations:
+  cell:
+    trigger: software
+    expires_ms: 5000
+    products: {{sheet: both, strip: one}}
+    cameras:
+      top: {{uri: "dir://{ENGINES / "recording"}?loop=1"}}
+      side: {{uri: "SIDE", timeout_ms: 500}}
+recipes:
+  both:
+    cameras:
+      top:
+        mm_per_px: 0.05
+        rois:
+          left: {{bundle: paper, rectangle: {{x_px: 0, y_px: 0, w_px: 64, h_px: 128}}}}
+          corner: {{bundle: paper, polygon: [[64, 0], [127, 0], [127, 100]], threshold: 50.0}}
+      side: {{rois: {{all: {{bundle: paper}}}}}}
+  one: {{cameras: {{top: {{rois: {{all: {{bundle: paper}}}}}}}}}}
+"""
+
+
+def test_several_cameras_regions_and_products_make_one_verdict_per_part(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    side = f"dir://{ENGINES / 'recording'}?loop=1"
+    folder = device_folder(tmp_path / "device", mosquitto.port, TWO_CAMERAS.replace("SIDE", side))
+    with listening(mosquitto.port) as listener, DaemonProcess(folder), subscribing(mosquitto.port) as subscriber:
+        ready(listener, "cell")
+        for trigger_id, product in (("T-1", "sheet"), ("T-2", "strip"), ("T-3", "sheet"), ("T-4", None)):
+            listener.say({"trigger_id": trigger_id, **({"product": product} if product else {})}, "trigger", "cell")
+        results = {r.trigger_id: r for r in collected(subscriber, 4)}
+    both, one = results["T-1"], results["T-2"]
+    assert {(f.camera, f.roi) for f in both.findings} == {("top", "left"), ("top", "corner"), ("side", "all")}
+    assert {f.threshold for f in both.findings if f.roi == "corner"} == {50.0}
+    assert [(f.camera, f.roi) for f in one.findings] == [("top", "all")]
+    assert both.recipe is not None
+    assert one.recipe is not None
+    assert (both.recipe.id, one.recipe.id) == ("both", "one")
+    assert results["T-3"].recipe == both.recipe
+    assert results["T-4"].reason is Reason.UNKNOWN_PRODUCT, "no product named, and the station has no default"
+
+
+def test_one_missing_camera_makes_the_part_undecided_never_a_partial_pass(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, TWO_CAMERAS.replace("SIDE", "synthetic://?fault=silent"))
+    with listening(mosquitto.port) as listener, DaemonProcess(folder), subscribing(mosquitto.port) as subscriber:
+        ready(listener, "cell")
+        listener.say({"trigger_id": "T-1", "product": "sheet"}, "trigger", "cell")
+        listener.say({"trigger_id": "T-2", "product": "strip"}, "trigger", "cell")
+        results = {r.trigger_id: r for r in collected(subscriber, 2)}
+    assert (results["T-1"].verdict, results["T-1"].reason) == (Verdict.UNDECIDED, Reason.MISSING_IMAGE)
+    assert "side" in results["T-1"].detail
+    assert results["T-2"].verdict is not Verdict.UNDECIDED
