@@ -129,6 +129,7 @@ def test_train_says_what_is_wrong_before_it_starts(tmp_path: Path) -> None:
     for n in range(3):
         (tmp_path / "few" / f"{n}.png").write_bytes((RECORDING / f"paper-00{n + 1}.png").read_bytes())
     assert "at least 20 are needed" in run("train", "few", "--product", "x", cwd=tmp_path).stderr
+    assert "small letters" in run("train", "few", "--product", "Bad Name", cwd=tmp_path).stderr
     assert "must be one of" in run("train", "few", "--product", "x", "--size", "50", cwd=tmp_path).stderr
     done = run("train", str(RECORDING), "--product", "x", "--size", "32", "--width", "4", "--gan-steps", "2",
                "--encoder-steps", "40", "--json", "--tile", "64", cwd=tmp_path)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -101,6 +102,9 @@ def test_an_interrupted_run_resumes_to_the_same_network(tmp_path: Path) -> None:
     resumed = Fit(tiles, settings, tmp_path / "b").run(lambda _: None, save_every=1)
     for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+    longer = Fit(tiles, dataclasses.replace(settings, encoder_steps=6), tmp_path / "b")
+    longer.run(lambda _: None)
+    assert longer.encoder_step == 6
     with pytest.raises(TrainingError, match="other settings or pictures"):
         Fit(tiles[:20], settings, tmp_path / "b").run(lambda _: None)
     (tmp_path / "b" / "checkpoint.pt").write_bytes(b"damaged")

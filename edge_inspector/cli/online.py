@@ -49,6 +49,7 @@ def check(config: ConfigOption = Path("device.yaml"), as_json: JsonOption = Fals
     """Validate the configuration and everything it names: broker, cameras, bundles. Prints every fault."""
     from edge_inspector.checks import check_device  # noqa: PLC0415
 
+    logging.basicConfig(level=logging.CRITICAL)  # every fault is printed below
     findings = check_device(config)
     if as_json:
         print_json([{"thing": f.thing, "ok": f.ok, "text": f.text, "hint": f.hint} for f in findings])

@@ -61,7 +61,9 @@ class Fit:
         s, channels = settings, tiles.shape[3]
         self.settings, self.folder, self.device = settings, folder, torch.device(device)
         self.tiles = torch.from_numpy(tiles)
-        self.key = hashlib.sha256(json.dumps(asdict(s)).encode() + tiles.tobytes()).hexdigest()
+        # More encoder steps go on where fewer ended; everything else makes another network.
+        fixed = {name: value for name, value in asdict(s).items() if name != "encoder_steps"}
+        self.key = hashlib.sha256(json.dumps(fixed).encode() + tiles.tobytes()).hexdigest()
         self.g = self._placed(fanogan.Generator(s.size, channels, s.width))
         self.d = self._placed(fanogan.critic(s.size, channels, s.width))
         self.e = self._placed(fanogan.encoder(s.size, channels, s.width))

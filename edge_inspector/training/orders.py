@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_inspector import bundles, pictures, scoring
-from edge_inspector.bundles import Bundle, Calibration, FileEntry, InputSpec, Manifest, Sample, TrainedOn
+from edge_inspector.bundles import NAME_PATTERN, Bundle, Calibration, FileEntry, InputSpec, Manifest, Sample, TrainedOn
 from edge_inspector.errors import TrainingError
 from edge_inspector.frames import utc_now
 from edge_inspector.preprocess import Window
@@ -68,6 +69,9 @@ def train(order: Order, on_progress: Callable[[Progress], None] = lambda _: None
     """
     if order.out.exists():
         raise TrainingError(f"{order.out}: exists already", hint="give another --out, or remove the old bundle")
+    for name in (order.product, order.name):
+        if not re.match(NAME_PATTERN, name):
+            raise TrainingError(f"name {name!r}: must be small letters, digits and single hyphens", hint="as in: my-product")
     if order.settings.size not in SIZES:
         raise TrainingError(f"size {order.settings.size}: must be one of {SIZES}")
     work = order.out.with_name(order.out.name + ".training")
