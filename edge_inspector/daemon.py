@@ -6,6 +6,7 @@ import fcntl
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from edge_inspector.config import Device, LineConfig, StationConfig, load_line
 from edge_inspector.errors import InspectorError
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import utc_now
-from edge_inspector.messages import Alert, Cause, ClockFacts, StateMessage, Topics
+from edge_inspector.messages import Alert, Cause, StateMessage, Topics
 from edge_inspector.mqtt import Connection, Will, read_password, tls_context
 from edge_inspector.outbox import Outbox
 from edge_inspector.runtime import Engine, OnnxEngine
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 PATIENCE_S = 5.0
 """A critical loop that has not ticked for so long hangs; systemd's WatchdogSec must be longer."""
 MAX_BATCH = 16
+HEALTH_EVERY_S = 10.0
+"""Health is published when its reasons change, and this often for its counters."""
 _LOOK_S = 0.5
 
 
@@ -105,6 +108,8 @@ class _Line:
         self.session = secrets.token_hex(4)
         self.watchdog = systemd.Watchdog(PATIENCE_S)
         self._clock = health.clock()
+        self._told: object = None
+        self._told_s = 0.0
         topics = topics_of(device)
         state = StateMessage(
             online=True, session=self.session, at=utc_now(), version=version("edge-inspector"),
@@ -151,13 +156,12 @@ class _Line:
         causes += [Cause(code="hanging", severity="failure", thing=name, text="does not answer") for name in hanging]
         self._clock = health.clock()
         self.alarms.update(causes)
-        self.broker.retain(self._health(causes, self._clock), "health")
+        told = health.assess(causes, self.outbox.counts, self._clock, self.broker.refused + self.connection.dropped)
+        news = (told.status, told.reasons)
+        if news != self._told or time.monotonic() - self._told_s > HEALTH_EVERY_S:
+            self._told, self._told_s = news, time.monotonic()
+            self.broker.retain(told, "health")
         systemd.notify(f"STATUS={self.summary()}")
-
-    def _health(self, causes: list[Cause], clock: ClockFacts) -> messages.HealthMessage:
-        told = health.assess(causes, self.outbox.counts, clock, self.broker.refused + self.connection.dropped)
-        # Time to the minute: health is published when it changes, not twice a second.
-        return told.model_copy(update={"at": told.at.replace(second=0, microsecond=0)})
 
     def summary(self) -> str:
         """One line for `systemctl status`."""

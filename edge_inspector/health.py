@@ -14,7 +14,6 @@ from edge_inspector.outbox import Counts
 _ORDER = ("failure", "check_function", "off_spec", "maintenance_required")
 _TIME_ERROR = 5
 _TIMEX_BYTES = 256
-_OUTBOX_HIGH = 0.75
 _DISK_HIGH = 0.9
 
 
@@ -31,12 +30,9 @@ def storage_causes(outbox: Counts, state: Path) -> list[Cause]:
     if outbox.failing:
         text = f"results cannot be written: {outbox.failing}"
         causes.append(Cause(code="outbox_failing", severity="failure", thing="outbox", text=text))
-    if outbox.dropped:
-        text = f"{outbox.dropped} results dropped by the quota since start"
+    if outbox.dropped_unsent:
+        text = f"{outbox.dropped_unsent} results dropped by the quota before the broker had them, since start"
         causes.append(Cause(code="outbox_dropped", severity="maintenance_required", thing="outbox", text=text))
-    elif outbox.used > _OUTBOX_HIGH:
-        causes.append(Cause(code="outbox_full", severity="maintenance_required", thing="outbox",
-                            text=f"{outbox.used:.0%} of the results quota used"))  # fmt: skip
     usage = shutil.disk_usage(state)
     if usage.used / usage.total > _DISK_HIGH:
         text = f"{usage.used / usage.total:.0%} of the disk used"
@@ -51,7 +47,13 @@ def assess(causes: Iterable[Cause], outbox: Counts, clock_facts: ClockFacts, dro
         at=utc_now(),
         status=reasons[0].severity if reasons else "normal",
         reasons=tuple(reasons[:16]),
-        outbox=OutboxFacts(pending=outbox.pending, used=round(outbox.used, 3), dropped=outbox.dropped, refused=outbox.refused),
+        outbox=OutboxFacts(
+            pending=outbox.pending,
+            used=round(outbox.used, 3),
+            dropped=outbox.dropped,
+            dropped_unsent=outbox.dropped_unsent,
+            refused=outbox.refused,
+        ),
         clock=clock_facts,
         dropped_messages=dropped_messages,
     )

@@ -153,7 +153,8 @@ class OutboxFacts(TolerantModel):
 
     pending: int
     used: float = Field(description="share of the quota in use")
-    dropped: int
+    dropped: int = Field(description="dropped by the quota since start")
+    dropped_unsent: int = Field(description="of these, before the broker had them")
     refused: int
 
 

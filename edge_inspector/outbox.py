@@ -83,6 +83,9 @@ class Counts:
     pending: int = 0
     used: float = 0.0
     dropped: int = 0
+    """By the quota: history, as it must be."""
+    dropped_unsent: int = 0
+    """Of these, before the broker acknowledged them."""
     refused: int = 0
     failing: str = ""
 
@@ -439,6 +442,7 @@ class Outbox:
             )
             self._writer.execute("COMMIT")
             self.counts.dropped += len(rows)
+            self.counts.dropped_unsent += sum(seq > self._acked.get(station, 0) for _, station, seq in rows)
             self._note_heads(self._writer)
         except sqlite3.OperationalError:
             self._rolled_back()
