@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 
 from edge_inspector.results import Reason, Verdict
@@ -21,6 +24,13 @@ from tests.line import (
     subscribing,
     until,
 )  # fmt: skip
+
+SCHEMAS = Path(__file__).resolve().parents[1] / "edge_inspector" / "schemas"
+
+
+def kind(message: tuple[tuple[str, ...], dict[str, Any]]) -> tuple[str, str]:
+    """Topic and schema name of a message that the daemon published: ei.NAME.v1."""
+    return message[0][0], message[1]["schema"].split(".")[1]
 
 
 def ready(listener: Listener, station: str = "sheet") -> None:
@@ -38,9 +48,15 @@ def test_every_trigger_gets_a_verdict_and_a_record_that_agree(tmp_path: Path, an
         results = collected(subscriber, 20)
         until(lambda: len(listener.of("verdict", "sheet")) >= 20, what="verdicts")
         verdicts = {v["trigger_id"]: v["verdict"] for v in listener.of("verdict", "sheet")}
+        until(lambda: listener.of("health") and listener.of("head", "sheet"), what="health and head")
+        heard = list(listener.heard)
     assert [r.trigger_id for r in results] == [f"T-{n}" for n in range(20)]
     assert [r.seq for r in results] == list(range(1, 21))
     assert {r.trigger_id: r.verdict.value for r in results} == verdicts
+    schemas = {name: json.loads((SCHEMAS / f"{name}.json").read_text()) for _, name in map(kind, heard)}
+    for message in heard:
+        jsonschema.validate(message[1], schemas[kind(message)[1]])
+    assert {"result", "verdict", "head", "state", "ready", "health"} <= set(schemas)
     assert {Verdict.PASS, Verdict.FAIL} == {r.verdict for r in results}
     assert all(r.simulated and r.configuration and r.configuration.version == 3 for r in results)
 
