@@ -135,6 +135,8 @@ def _faults(line: LineConfig) -> list[Fault]:
                                 f"allowed: {', '.join(station.products)}"))  # fmt: skip
         if station.product is None and station.trigger == "free":
             faults.append(Fault(f"{path}.product", "is required where the trigger is free"))
+        if station.trigger == "free" and len(station.cameras) > 1:
+            faults.append(Fault(f"{path}.trigger", "free needs a station of one camera; use software for several"))
         for product, identity in station.products.items():
             recipe = line.recipes.get(identity)
             if recipe is None:
@@ -144,8 +146,6 @@ def _faults(line: LineConfig) -> list[Fault]:
             for camera in sorted(set(recipe.cameras) - set(station.cameras)):
                 faults.append(Fault(f"recipes.{identity}.cameras.{camera}", f"station {name} has no such camera", "",
                                     f"allowed: {', '.join(station.cameras)}"))  # fmt: skip
-            if station.trigger == "free" and len(recipe.cameras) > 1:
-                faults.append(Fault(f"{path}.trigger", "free needs recipes of one camera; use software for several"))
     return faults
 
 

@@ -99,6 +99,7 @@ class Station:
         self._product = config.product
         self._state, self._why = "preoperational", "starting"
         self._halted = False
+        self._tick: Callable[[], None] = lambda: None
         self._free_ids = count(1)
         self._closing = threading.Event()
         self._stack = ExitStack()
@@ -168,9 +169,9 @@ class Station:
         engines = ExitStack()
         try:
             self._prepare(engines)
-            tick = self.setting.watch(self._thread.name)
+            self._tick = self.setting.watch(self._thread.name)
             while not self._closing.is_set():
-                tick()
+                self._tick()
                 if self.config.trigger == "free" and not self._halted and self._state != "error":
                     self._free_part()
                 else:
@@ -303,6 +304,7 @@ class Station:
         end = time.monotonic() + patience_s
         try:
             while (left := end - time.monotonic()) > 0 and not self._closing.is_set():
+                self._tick()  # a camera may be given a minute, the watchdog gives seconds
                 frame = self.cameras[name].next(min(left, _WAIT_S))
                 if frame is not None:
                     return frame
@@ -358,7 +360,7 @@ class Station:
                 if self._closing.is_set() or threading.current_thread() is not self._thread:
                     log.error("no record of trigger %s: %s", trigger.trigger_id, error)
                     break
-                self.setting.watch(self._thread.name)()
+                self._tick()
                 self._closing.wait(_WAIT_S)
 
     def _stored(self, told: Verdict, expires_s: float, future: Future[Result]) -> None:

@@ -294,3 +294,14 @@ def test_one_missing_camera_makes_the_part_undecided_never_a_partial_pass(tmp_pa
     assert (results["T-1"].verdict, results["T-1"].reason) == (Verdict.UNDECIDED, Reason.MISSING_IMAGE)
     assert "side" in results["T-1"].detail
     assert results["T-2"].verdict is not Verdict.UNDECIDED
+
+
+def test_a_long_wait_for_an_image_never_trips_the_watchdog(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    line = line_yaml("synthetic://?fault=silent", expires_ms=8000).replace('fault=silent"', 'fault=silent", timeout_ms: 60000')
+    folder = device_folder(tmp_path / "device", mosquitto.port, line)
+    with listening(mosquitto.port) as listener, DaemonProcess(folder):
+        ready(listener)
+        listener.say({"trigger_id": "T-1"}, "trigger", "sheet")
+        result = until(lambda: listener.of("result", "sheet"), 15, "result")[0]
+        assert result["verdict"] == "undecided"
+        assert not [cause for told in listener.of("health") for cause in told["reasons"] if cause["code"] == "hanging"]

@@ -84,6 +84,12 @@ def test_a_free_station_needs_its_product() -> None:
         parse_line(read_yaml(text.encode(), "x"), "x")
 
 
+def test_a_free_station_has_one_camera() -> None:
+    text = line_yaml(trigger="free").replace("cameras: {top:", 'cameras: {side: {uri: "synthetic://"}, top:', 1)
+    with pytest.raises(SchemaError, match="free needs a station of one camera"):
+        parse_line(read_yaml(text.encode(), "x"), "x")
+
+
 def test_the_templates_of_init_are_valid() -> None:
     validate(DeviceConfig, read_yaml((TEMPLATES / "device.yaml").read_bytes(), "device"), "device")
     assert load_line(TEMPLATES / "line.yaml").bundles == {"my-product"}
