@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -216,3 +217,12 @@ def in_thread(work: Callable[[], None]) -> threading.Thread:
 
 def loaded(folder: Path) -> Device:
     return load_device(folder / "device.yaml")
+
+
+def filled(folder: Path) -> Path:
+    """Write a file until the disk is full; returns it."""
+    path = folder / "fill"
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    return path

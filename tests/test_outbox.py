@@ -6,7 +6,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from edge_inspector.errors import OutboxError
 from edge_inspector.frames import Trigger
 from edge_inspector.outbox import BALLAST_BYTES, Outbox
 from edge_inspector.results import Reason, Result, Verdict
-from tests.line import until
+from tests.line import filled, until
 
 NOW = datetime.now(timezone.utc)
 
@@ -150,17 +149,6 @@ with Outbox(Path({str(tmp_path)!r}), ["s"]) as outbox:
     assert all(found.get(seq) == trigger_id for seq, trigger_id in accepted)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_a_full_disk_never_wedges_and_loses_nothing_accepted(small_disk: Path) -> None:
     """Somebody else fills the disk: results wait, passes are dropped for room, and it goes on without a restart."""
     accepted: list[int] = []
@@ -168,14 +156,7 @@ def test_a_full_disk_never_wedges_and_loses_nothing_accepted(small_disk: Path) -
         until((small_disk / "ballast").exists, what="ballast")
         for n in range(1, 200):
             accepted.append(outbox.append(result(n, Verdict.FAIL if n % 10 == 0 else Verdict.PASS, "x" * 200)).seq)
-        fill = small_disk / "fill"
-        with fill.open("wb") as file:
-            try:
-                while True:
-                    file.write(b"x" * 65536)
-                    file.flush()
-            except OSError:
-                pass
+        fill = filled(small_disk)
         futures = [outbox.submit(result(n, Verdict.FAIL, "x" * 200)) for n in range(200, 3000)]
         time.sleep(2.0)
         gave_way = not (small_disk / "ballast").exists()

@@ -20,6 +20,7 @@ from edge_inspector.errors import PictureError, TrainingError
 from edge_inspector.results import Verdict
 from edge_inspector.roi import Roi
 from edge_inspector.runtime import OnnxEngine, judge_samples
+from tests.line import filled
 
 torch = pytest.importorskip("torch", reason='torch is not installed: pip install "edge-inspector[train]"')
 
@@ -168,3 +169,14 @@ def test_the_tiles_trained_on_are_those_of_the_line(tmp_path: Path) -> None:
     tiles = data.load_tiles(sorted(folder.glob("*.png")), spec, Roi(), None)
     assert tiles.shape == (16, 32, 32, 3)
     assert np.array_equal(tiles[1], pictures.read(folder / "000.png")[:32, 32:])
+
+
+def test_a_full_disk_stops_training_with_a_word_and_it_resumes(tmp_path: Path, small_disk: Path) -> None:
+    folder = drawn(tmp_path / "good", 40)
+    fill = filled(small_disk)
+    wanted = order(tmp_path, folder, out=small_disk / "bundle")
+    with pytest.raises((TrainingError, PictureError)) as caught:
+        training.train(wanted)
+    assert caught.value.hint
+    fill.unlink()
+    assert training.train(wanted).folder == small_disk / "bundle"

@@ -152,6 +152,9 @@ class Camera:
                 if self.fault != error.message:
                     log.warning("camera %s: %s", self.name, error.message)
                 self._become(CameraState.FAULT, error.message)
+            except Exception as error:  # root of a thread: a driver's surprise is a fault of this camera only
+                log.exception("camera %s", self.name)
+                self._become(CameraState.FAULT, f"{self.config.uri}: {error}")
             finally:
                 source.close()
             if self.state is CameraState.ENDED:
