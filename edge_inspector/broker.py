@@ -330,7 +330,7 @@ class Broker:
         now_s, now = time.monotonic(), utc_now()
         left_s = station.expires_ms / 1000
         if request.expires_at is not None:
-            left_s = min(left_s, (request.expires_at - now).total_seconds())
+            left_s = max(0.0, min(left_s, request.expires_at.timestamp() - now.timestamp()))
         trigger = Trigger(
             request.trigger_id, now_s, now, now_s + left_s, now + timedelta(seconds=left_s),
             request.part_id, request.product, journalled=True,

@@ -204,14 +204,18 @@ def run(
     """
     with _alone(device):
         refused: list[Cause] = []
+        orders: dict[str, tuple[bool, str | None]] = {}
         while not stop.is_set():
-            reload.clear()
             with ExitStack() as stack:
                 current = _Line(device, line, stack)
+                for name, station in current.stations.items():
+                    if name in orders:
+                        station.resume(*orders[name])
                 systemd.notify("READY=1")
                 on_ready()
                 changed = _serve(current, stop, reload, refused, until_ended=until_ended)
                 systemd.notify("STOPPING=1" if changed is None else "RELOADING=1")
+                orders = {name: station.orders for name, station in current.stations.items()}
             if changed is None:
                 return
             line = changed

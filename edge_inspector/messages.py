@@ -97,8 +97,8 @@ class ReplayRequest(TolerantModel):
     request_id: PlainId
     client: TopicLevel
     stream: PlainId
-    lo: int = Field(ge=1)
-    hi: int = Field(ge=1)
+    lo: int = Field(ge=1, le=2**53)
+    hi: int = Field(ge=1, le=2**53)
 
 
 class ReplayEnd(TolerantModel):

@@ -124,6 +124,7 @@ class Connection:
         self._client: paho.Client | None = None
         self._generation = 0
         self._proven = False
+        self._refused = False
         self._gone, self._answered, self._closing = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="mqtt-supervisor", daemon=True)
 
@@ -179,8 +180,15 @@ class Connection:
     def _run(self) -> None:
         wait_s = _BACKOFF_S[0]
         while not self._closing.is_set():
-            if self._connected_once():
-                wait_s = _BACKOFF_S[0]
+            try:
+                stood = self._connected_once()
+            except Exception as error:
+                log.exception("broker connection")
+                self._note(f"{self.endpoint}: {error}")
+                stood = False
+            if stood:
+                wait_s = _BACKOFF_S[1] if self._refused else _BACKOFF_S[0]
+                self._refused = False
                 self.reconnects += 1
             self._closing.wait(wait_s * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
             wait_s = min(wait_s * 2, _BACKOFF_S[1])
@@ -193,7 +201,7 @@ class Connection:
         self._answered.clear()
         try:
             self._connect(client)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a host name that is none
             self._note(f"{self.endpoint}: {error}")
             return False
         self._client = client
@@ -270,9 +278,17 @@ class Connection:
             ack = (generation, message.mid, message.qos)
             self._put(Message(message.topic, bytes(message.payload), message.retain, ack))
 
+        def on_publish(_c: paho.Client, _u: Any, mid: int, reason: ReasonCode, _p: Any) -> None:
+            if reason.is_failure:  # the broker did not take it: send it again on a new connection
+                self._note(f"{self.endpoint} refuses a message: {reason}")
+                self._refused = True
+                self._gone.set()
+            else:
+                self._put(Acknowledged(generation << 16 | mid))
+
         client.on_connect = on_connect
         client.on_message = on_message
-        client.on_publish = lambda _c, _u, mid, _r, _p: self._put(Acknowledged(generation << 16 | mid))
+        client.on_publish = on_publish
         client.on_disconnect = lambda _c, _u, _f, _r, _p: self._gone.set()
         return client
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def decode(data: bytes, name: str) -> Pixels:
     jpeg = data[:2] == b"\xff\xd8"
     image = None
     if data and not (jpeg and _END_OF_JPEG not in data[-64:]):
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        with contextlib.suppress(cv2.error):  # raised, for one, where the header claims a size beyond all bounds
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None:
         what = "empty file" if not data else "truncated" if jpeg else "not a picture that OpenCV can read"
         raise PictureError(f"{name}: {what}", hint="open it in a viewer; copy or export it again")

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import Annotated, Literal
 
-from pydantic import PlainSerializer, WithJsonSchema
+from pydantic import AwareDatetime, PlainSerializer, WithJsonSchema
 
 from edge_inspector.schema import Field, TolerantModel
 
@@ -52,7 +52,7 @@ def rfc3339(moment: datetime) -> str:
 
 
 Moment = Annotated[
-    datetime,
+    AwareDatetime,
     PlainSerializer(rfc3339, return_type=str, when_used="json"),
     WithJsonSchema({"type": "string", "format": "date-time"}),
 ]

@@ -150,6 +150,17 @@ class Station:
             raise InspectorError(f"no command {name!r}", hint="allowed: select-product, halt, start")
         self._tell_ready()
 
+    @property
+    def orders(self) -> tuple[bool, str | None]:
+        """What commands have set: halted, product. It outlives a reload, not a restart."""
+        return self._halted, self._product
+
+    def resume(self, halted: bool, product: str | None) -> None:
+        """Take over what commands had set before a reload."""
+        self._halted = halted
+        self._product = product if product in self.config.products else self.config.product
+        self._tell_ready()
+
     def causes(self) -> list[Cause]:
         """What is wrong here."""
         causes = []

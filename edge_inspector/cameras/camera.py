@@ -210,6 +210,9 @@ class Camera:
         self.counts.broken += bool(frame.fault)
         latest = self._on_demand or self.config.policy == "latest"
         with self._changed:
+            if self._on_demand and self._frames and self._frames[0].captured_s >= self._fence:
+                self.counts.skipped += 1  # the first frame since the trigger waits already: later ones show another part
+                return
             if latest and not info.pulled:
                 self.counts.skipped += len(self._frames)
                 self._frames.clear()
