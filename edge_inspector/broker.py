@@ -291,6 +291,9 @@ class Broker:
                 self._take_command(levels[1], message)
         except InspectorError as error:
             self._refuse(levels[1] if len(levels) > 1 else "", error)
+        except (ArithmeticError, TypeError, ValueError) as error:  # never die of a message: it would come again for ever
+            log.exception("message on %s", message.topic)
+            self._refuse(levels[1] if len(levels) > 1 else "", InspectorError(f"{message.topic}: {error}"))
         self.connection.acknowledge(message.ack)
 
     def _refuse(self, station: str, error: InspectorError) -> None:
@@ -360,7 +363,8 @@ class Broker:
             self.connection.redeliver()
 
     def _take_replay(self, name: str, message: Message) -> None:
-        self._station(name)
+        if name not in self.outbox.stations:
+            self._station(name)
         request = messages.decode(ReplayRequest, message.payload, message.topic)
         if request.client == "request":
             raise InspectorError(f"{message.topic}: a client cannot be named 'request'")

@@ -135,6 +135,8 @@ class _Line:
             station.voice = self.broker
             station.announce()
             stack.enter_context(station)
+        for station in self.stations.values():
+            stack.callback(station.stop_soon)
 
     def _setting(self, evidence: EvidenceStore, config: StationConfig) -> Setting:
         return Setting(

@@ -166,7 +166,7 @@ def run(folder: Path, engines: Path, on_result: Callable[[Result, str, Path | No
                 for result in subscriber.results(timeout_s=20.0):
                     kind = kinds.get(result.part_id or "", "unknown")
                     kept = result.evidence if result.evidence is not None and result.evidence.stored else None
-                    picture = folder / "state" / "evidence" / f"{kept.id[7:39]}.png" if kept else None
+                    picture = folder / "state" / "evidence" / f"{kept.id[7:39]}.jpg" if kept else None
                     on_result(result, kind, picture)
                     verdicts[result.verdict.value] += 1
                     wrong["false_reject"] += kind == "good" and result.verdict is Verdict.FAIL

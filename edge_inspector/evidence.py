@@ -1,4 +1,7 @@
-"""Pictures of failed parts, kept under a quota: the region as seen, its anomaly map, what was expected."""
+"""Pictures of failed parts, kept under a quota: the region as seen, its anomaly map, what was expected.
+
+They are for people: JPEG, a fifth of the time that PNG takes.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ class EvidenceStore:
 
     def path(self, evidence_id: str) -> Path:
         """Where the picture of an evidence id lies."""
-        return self.folder / f"{evidence_id.removeprefix('sha256:')[:32]}.png"
+        return self.folder / f"{evidence_id.removeprefix('sha256:')[:32]}.jpg"
 
     def keep(self, views: Iterable[View], title: str) -> Evidence | None:
         """Hand in the worst view of a failed part. `stored` is False when the writer is behind or keeps nothing."""
@@ -85,11 +88,12 @@ class EvidenceStore:
         picture = pictures.explanation(
             view.seen, view.anomaly, finding.threshold, finding.regions, view.expected, job.title, view.offset_px
         )
-        self._make_room(len(pictures.encoded(picture)))
-        pictures.write(job.path, picture)
+        data = pictures.encoded(picture)
+        self._make_room(len(data))
+        pictures.write_encoded(job.path, data)
 
     def _make_room(self, wanted: int) -> None:
-        files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in self.folder.glob("*.png"))
+        files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in self.folder.glob("*.jpg"))
         total = sum(size for _, size, _ in files)
         for _, size, path in files:
             if total + wanted <= self.quota:

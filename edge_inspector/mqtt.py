@@ -254,13 +254,20 @@ class Connection:
             client.username_pw_set(self.config.username, self._password)
         if self._tls is not None:
             client.tls_set_context(self._tls)
-        if self._will is not None:
-            properties = None
-            if self.version == 5:
-                properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
-                properties.WillDelayInterval = WILL_DELAY_S
-            client.will_set(self._will.topic, self._will.payload, qos=1, retain=True, properties=properties)
+        self._leave_will(client)
+        self._listen(client, generation)
+        return client
 
+    def _leave_will(self, client: paho.Client) -> None:
+        if self._will is None:
+            return
+        properties = None
+        if self.version == 5:
+            properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
+            properties.WillDelayInterval = WILL_DELAY_S
+        client.will_set(self._will.topic, self._will.payload, qos=1, retain=True, properties=properties)
+
+    def _listen(self, client: paho.Client, generation: int) -> None:
         def on_connect(_c: paho.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
             if reason.is_failure:
                 self._note(f"{self.endpoint} refuses: {reason}")
@@ -290,7 +297,6 @@ class Connection:
         client.on_message = on_message
         client.on_publish = on_publish
         client.on_disconnect = lambda _c, _u, _f, _r, _p: self._gone.set()
-        return client
 
     def _put(self, event: Event) -> None:
         try:

@@ -186,6 +186,9 @@ class Outbox:
         self._finish_interrupted(connection)
         connection.execute("COMMIT")
         self._acked = dict(connection.execute("SELECT station, acked FROM streams").fetchall())
+        # Stations of an earlier configuration whose results the broker does not have yet go on being sent.
+        unsent = connection.execute("SELECT station FROM streams WHERE acked < next - 1").fetchall()
+        self.stations = tuple(dict.fromkeys([*self.stations, *(row[0] for row in unsent)]))
         self._note_heads(connection)
         return connection
 

@@ -17,6 +17,11 @@ from edge_inspector.results import Region
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 _END_OF_JPEG = b"\xff\xd9"
 _PANEL_PX = 384
+_JPEG = [
+    cv2.IMWRITE_JPEG_QUALITY, 92,
+    cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+]  # fmt: skip
+"""Full colour resolution, so that a thin red box stays red."""
 
 
 def listed(folder: Path) -> list[Path]:
@@ -55,7 +60,7 @@ def read(path: Path) -> Pixels:
 
 def encoded(image: Pixels, suffix: str = ".png") -> bytes:
     """Pixels -> bytes of a picture file of that kind."""
-    done, data = cv2.imencode(suffix, image)
+    done, data = cv2.imencode(suffix, image, _JPEG if suffix == ".jpg" else [])
     if not done:
         raise PictureError(f"cannot encode {image.shape} {image.dtype} as {suffix}")
     return data.tobytes()
@@ -63,9 +68,14 @@ def encoded(image: Pixels, suffix: str = ".png") -> bytes:
 
 def write(path: Path, image: Pixels) -> None:
     """Write a picture file, whole or not at all. Raises PictureError."""
+    write_encoded(path, encoded(image, path.suffix))
+
+
+def write_encoded(path: Path, data: bytes) -> None:
+    """Write the bytes of a picture file, whole or not at all. Raises PictureError."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_bytes(encoded(image, path.suffix))
+        part.write_bytes(data)
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)

@@ -99,6 +99,7 @@ class Station:
         self._product = config.product
         self._state, self._why = "preoperational", "starting"
         self._halted = False
+        self._carried: Frame | None = None
         self._tick: Callable[[], None] = lambda: None
         self._free_ids = count(1)
         self._closing = threading.Event()
@@ -121,6 +122,12 @@ class Station:
         self._thread.join(2.0)
         self.setting.forget(self._thread.name)
         self._stack.close()
+
+    def stop_soon(self) -> None:
+        """Begin to end, without waiting: stations and cameras then end side by side."""
+        self._closing.set()
+        for camera in self.cameras.values():
+            camera.stop_soon()
 
     # --- for the broker
 
@@ -245,7 +252,8 @@ class Station:
     def _free_part(self) -> None:
         name, camera = next(iter(self.cameras.items()))
         try:
-            frame = camera.next(_WAIT_S)
+            frame = self._carried or camera.next(_WAIT_S)
+            self._carried = None
         except CameraEnded:
             self.ended.set()
             self._closing.wait(_WAIT_S)
@@ -308,6 +316,9 @@ class Station:
     def _more_frames(self, trigger: Trigger, recipe: Recipe, frames: dict[str, list[Frame]]) -> None:
         for name, got in frames.items():
             while len(got) < recipe.decision.frames and (frame := self._awaited(name, trigger)) is not None:
+                if frame.lost:  # it may show another part: this one stays short of frames, the next begins with it
+                    self._carried = frame
+                    return
                 got.append(frame)
 
     def _awaited(self, name: str, trigger: Trigger) -> Frame | None:

@@ -179,6 +179,14 @@ def test_a_triggered_frame_is_never_older_than_its_trigger() -> None:
             frame = free_running.next(2.0)
             assert frame is not None
             assert frame.captured_s >= asked
+    with camera("synthetic://?fps=100&isolate=1", on_demand=True) as late_user:
+        until(lambda: late_user.state is CameraState.STREAMING, 15, "streaming")
+        late_user.trigger()
+        asked = time.monotonic()
+        time.sleep(0.5)
+        frame = late_user.next(2.0)
+        assert frame is not None
+        assert frame.captured_s - asked < 0.25, "not the first frame since the trigger"
     with camera(f"dir://{RECORDING}", on_demand=True) as folder:
         until(lambda: folder.state is CameraState.STREAMING, 15, "streaming")
         assert folder.next(0.3) is None

@@ -157,5 +157,5 @@ def test_the_demo_runs_the_whole_line_and_tells_the_truth(tmp_path: Path) -> Non
     escapes = sum(line.startswith("pass") and "impurity" in line for line in lines)
     rejects = sum("good" in line.split("in truth:")[1] for line in failed)
     assert f"{rejects} of 40 good parts rejected, {escapes} of 20 defective parts passed" in done.stdout
-    assert len(list((tmp_path / "out" / "failed").glob("*.png"))) == len(failed) > 0
+    assert len(list((tmp_path / "out" / "failed").glob("*.jpg"))) == len(failed) > 0
     assert "edge-inspector train" in done.stdout

@@ -97,6 +97,7 @@ class Camera:
         self._seq = 0
         self._lost = 0
         self._closing = threading.Event()
+        self._closed_s = 0.0
         self._thread = threading.Thread(target=self._run, name=f"camera-{name}", daemon=True)
 
     def __enter__(self) -> Camera:
@@ -106,10 +107,16 @@ class Camera:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """End within two seconds, whatever the driver does."""
-        self._closing.set()
+        self.stop_soon()
+        self._thread.join(max(0.0, self._closed_s + 2.0 - time.monotonic()))
+
+    def stop_soon(self) -> None:
+        """Begin to end, without waiting."""
+        if not self._closing.is_set():
+            self._closed_s = time.monotonic()
+            self._closing.set()
         with self._changed:
             self._changed.notify_all()
-        self._thread.join(2.0)
 
     # --- for the station
 

@@ -100,7 +100,7 @@ def demo(
         summary = line.run(Path(scratch), where.resolve(), show)
         pictures = folder / "failed"
         pictures.mkdir(exist_ok=True)
-        for old in pictures.glob("*.png"):
+        for old in pictures.glob("*.jpg"):
             old.unlink()
         saved = [p.replace(pictures / p.name) for p in kept if p.exists()]
     counts = ", ".join(f"{summary.verdicts[v]} {v}" for v in ("pass", "fail", "undecided"))
