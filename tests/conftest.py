@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ def any_broker_port(request: pytest.FixtureRequest) -> Iterator[int]:
         return
     with EmbeddedBroker() as broker:
         yield broker.port
+    gc.collect()  # what amqtt leaves unclosed ends here, in the test that made it
 
 
 @pytest.fixture
