@@ -25,6 +25,7 @@ from edge_inspector.frames import utc_now
 from edge_inspector.messages import Alert, Cause, StateMessage, Topics
 from edge_inspector.mqtt import Connection, Will, read_password, tls_context
 from edge_inspector.outbox import Outbox
+from edge_inspector.roi import Roi
 from edge_inspector.runtime import Engine, OnnxEngine
 from edge_inspector.station import Setting, Station
 
@@ -57,12 +58,14 @@ def connection_of(device: Device, client_id: str, subscriptions: tuple[str, ...]
 def batch_of(bundle: Bundle, line: LineConfig) -> int:
     """Tiles of the largest region that this bundle judges: they go through the network together."""
     trained, spec = bundle.manifest.training, bundle.manifest.input
-    sizes = [(trained.width_px, trained.height_px)]
+    sizes = []
     for recipe in line.recipes.values():
         for roi in (roi for camera in recipe.cameras.values() for roi in camera.rois.values()):
-            box = roi.box(65536, 65536) if roi.bundle == bundle.manifest.name else None
-            if box is not None and (roi.rectangle or roi.polygon):
-                sizes.append(box[2:])
+            if roi.bundle != bundle.manifest.name:
+                continue
+            # A region without shape is the whole frame: as large as the training pictures, as far as is known here.
+            box = roi.box(trained.height_px, trained.width_px) if roi.shape == Roi() else roi.box(65536, 65536)
+            sizes.append(box[2:] if box is not None else (trained.width_px, trained.height_px))
     return min(MAX_BATCH, max(preprocess.tile_count(spec, *size) for size in sizes))
 
 
