@@ -137,8 +137,8 @@ def test_a_hanging_camera_does_not_slow_another_nor_the_end() -> None:
         taken(hang, 1)
         times = [f.captured_s for f in taken(fine, 20)]
         began = time.monotonic()
-    assert time.monotonic() - began < 4.0
-    assert max(b - a for a, b in zip(times[5:], times[6:], strict=False)) < 0.5
+    assert time.monotonic() - began < 6.0
+    assert max(b - a for a, b in zip(times[5:], times[6:], strict=False)) < 1.0
 
 
 def test_dark_frozen_and_misshapen_frames_are_found() -> None:
@@ -159,9 +159,9 @@ def test_a_slow_user_loses_counted_frames_of_a_live_camera_and_none_of_a_recordi
         assert sum(f.lost for f in frames) == live.counts.lost > 0
     with camera("synthetic://?fps=100", policy="latest") as latest:
         taken(latest, 1)
-        time.sleep(0.5)
+        time.sleep(1.5)
         frame = taken(latest, 1)[0]
-        assert time.monotonic() - frame.captured_s < 0.25
+        assert time.monotonic() - frame.captured_s < 1.0
         assert latest.counts.skipped > 0
     with camera(f"dir://{RECORDING}") as recording:
         taken(recording, 1)
@@ -183,10 +183,10 @@ def test_a_triggered_frame_is_never_older_than_its_trigger() -> None:
         until(lambda: late_user.state is CameraState.STREAMING, 15, "streaming")
         late_user.trigger()
         asked = time.monotonic()
-        time.sleep(0.5)
+        time.sleep(1.5)
         frame = late_user.next(2.0)
         assert frame is not None
-        assert frame.captured_s - asked < 0.25, "not the first frame since the trigger"
+        assert frame.captured_s - asked < 1.0, "not the first frame since the trigger"
     with camera(f"dir://{RECORDING}", on_demand=True) as folder:
         until(lambda: folder.state is CameraState.STREAMING, 15, "streaming")
         assert folder.next(0.3) is None
