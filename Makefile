@@ -39,6 +39,6 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	@[ -z "$(TORCH)" ] || $(BIN)/pip install -q $(TORCH)
+	@[ -z "$(TORCH)" ] || $(BIN)/pip install -q $(TORCH) -e ".[train]"
 	$(BIN)/pip install -q onnx -e ".[test]"
 	@touch $@

@@ -58,6 +58,9 @@ class Calibration(Model):
     alpha: float = Field(gt=0, lt=1)
     confidence: float = Field(gt=0, lt=1)
     kept: bool = Field(description="whether n pictures support the promise")
+    method: str = Field("", description="how the scores were made: held out, or cross-fitted")
+    tail: float | None = Field(None, description="where a fitted Gumbel tail puts the threshold, without confidence")
+    review: float | None = Field(None, description="from here to the threshold: passed, but worth a look")
     scores: tuple[float, ...] = Field(max_length=20000)
 
 
@@ -85,6 +88,7 @@ class TrainedOn(Model):
     width_px: int
     depth_bits: int
     intensity_window: tuple[int, int] | None = None
+    aspects: tuple[float, float] | None = Field(None, description="smallest and largest width / height")
 
 
 class Manifest(TolerantModel):

@@ -165,7 +165,7 @@ class Plan:
     def stitched(self, maps: NDArray[Scalar]) -> NDArray[Scalar]:
         """Put per-tile outputs [tiles, h, w] or [tiles, h, w, C] back into the region: [h, w(, C)] in its own pixels.
 
-        Floats (anomaly maps) keep the larger value where tiles overlap.
+        Floats (anomaly maps) keep the larger value where tiles overlap; pictures come back as frames are, BGR or grey.
         """
         _, _, w, h = self.box
         floats = maps.dtype.kind == "f"
@@ -180,7 +180,7 @@ class Plan:
             np.maximum(target, part, out=target) if floats else np.copyto(target, part)
         if self.mask is not None and floats:
             whole[self.mask == 0] = 0
-        return whole
+        return whole if floats or self.spec.order != "rgb" else np.ascontiguousarray(whole[..., ::-1])
 
     def regions(self, anomaly: NDArray[np.float32], threshold: float, mm_per_px: float | None) -> tuple[Region, ...]:
         """Connected areas of a stitched map above the threshold, strongest first, in pixels of the frame."""
@@ -208,7 +208,9 @@ def _lut(window: Window) -> NDArray[np.uint8]:
 def refuse_unlike(trained: TrainedOn, spec: InputSpec, box: tuple[int, int, int, int]) -> None:
     """Raise FormatError for a region that a whole-region network would see squashed otherwise than in training."""
     aspect, expected = box[2] / box[3], trained.width_px / trained.height_px
-    if spec.tile is None and spec.fit == "stretch" and abs(aspect / expected - 1) > _ASPECT_TOLERANCE:
+    low, high = trained.aspects or (expected, expected)
+    slack = 1 + _ASPECT_TOLERANCE
+    if spec.tile is None and spec.fit == "stretch" and not low / slack <= aspect <= high * slack:
         raise FormatError(
             f"region of {box[2]}x{box[3]}, the bundle was trained on {trained.width_px}x{trained.height_px}",
             hint="give the region the shape of the training pictures, or train on pictures like these",

@@ -61,20 +61,27 @@ class Promise:
     kept: bool
     needed: int
     """Good pictures that would support the promise; n when it is kept."""
+    supported: float
+    """The smallest share that n good pictures support at this confidence: with the largest score as threshold."""
+    fitted: float
+    """Where a Gumbel tail puts the threshold for `alpha`, without confidence. Without promise it is the threshold."""
+    review: float
+    """From here to the threshold another set of n pictures might have put the limit: passed, but worth a look."""
 
     def __str__(self) -> str:
         wanted = f"at most {self.alpha:.3g} of good parts rejected, with confidence {self.confidence:.2g}"
         if self.kept:
-            return f"{wanted}, from {self.n} held-out good parts"
-        return f"not supported: {wanted}: {self.n} held-out good parts, {self.needed - self.n} more are needed"
+            return f"{wanted}, from {self.n} good parts"
+        more = f"{self.needed - self.n} more good pictures would support it; {self.n} support {self.supported:.2g}"
+        return f"not supported: {wanted}: {more}"
 
 
 def promise(scores: Sequence[float], alpha: float, confidence: float) -> Promise:
-    """The lowest threshold that keeps the promise, from scores of good parts that the network was not fitted to.
+    """The lowest threshold that keeps the promise, from scores of good parts by networks not fitted to them.
 
     The r-th largest of n scores is exceeded by more than alpha of all good parts with probability
-    P(Binomial(n, alpha) <= r - 1), whatever the distribution (Wilks 1941). Where even the largest does not suffice
-    the threshold is the largest score, and `kept` says that nothing is promised.
+    P(Binomial(n, alpha) <= r - 1), whatever the distribution (Wilks 1941). Where even the largest does not suffice the
+    threshold is the fitted tail's, a goal and not a promise, and `kept` says so.
     """
     ordered = sorted(scores, reverse=True)
     n = len(ordered)
@@ -83,8 +90,36 @@ def promise(scores: Sequence[float], alpha: float, confidence: float) -> Promise
     rank = 0
     while rank < n and binomial_cdf(rank, n, alpha) <= 1 - confidence:
         rank += 1
+    fitted = gumbel_quantile(ordered, alpha)
+    threshold = ordered[rank - 1] if rank else fitted
     needed = n if rank else math.ceil(math.log(1 - confidence) / math.log1p(-alpha))
-    return Promise(ordered[max(rank - 1, 0)], n, alpha, confidence, rank > 0, needed)
+    lower = next((r for r in range(n) if binomial_cdf(r, n, alpha) >= confidence), n - 1)
+    supported = 1 - (1 - confidence) ** (1 / n)
+    review = min(threshold, ordered[lower])
+    return Promise(threshold, n, alpha, confidence, rank > 0, needed, supported, fitted, review)
+
+
+def gumbel_quantile(scores: Sequence[float], alpha: float) -> float:
+    """The value exceeded with probability alpha under a Gumbel distribution fitted by maximum likelihood.
+
+    A part's score is the largest of many; such maxima tend to this form (Gumbel 1958).
+    """
+    x = np.asarray(scores, float)
+    if np.ptp(x) == 0:
+        return float(x[0])
+    centred = x - x.mean()
+
+    def slack(scale: float) -> float:
+        weight = np.exp(-(centred - centred.min()) / scale)
+        return float(scale + (centred * weight).sum() / weight.sum())
+
+    low, high = 1e-3 * float(x.std()), 10 * float(x.std())  # the likelihood's only root lies within
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slack(middle) < 0 else (low, middle)
+    least = float(centred.min())  # taken out, so that no exponential overflows
+    location = float(x.mean()) + least - low * math.log(float(np.exp(-(centred - least) / low).mean()))
+    return location - low * math.log(-math.log1p(-alpha))
 
 
 def auroc(normal: ArrayLike, anomalous: ArrayLike) -> float:

@@ -89,7 +89,9 @@ def test_the_promise_holds_on_fresh_good_parts() -> None:
 
 def test_too_few_pictures_promise_nothing_and_say_how_many_are_missing() -> None:
     made = scoring.promise([1.0, 3.0, 2.0], 0.05, 0.95)
-    assert (made.threshold, made.kept, made.needed) == (3.0, False, 59)
+    assert (made.threshold, made.kept, made.needed) == (made.fitted, False, 59)
+    assert made.threshold > 3.0  # the fitted tail's goal; nothing is promised
+    assert made.supported == pytest.approx(1 - 0.05 ** (1 / 3))
     assert "56 more are needed" in str(made)
     assert scoring.promise(list(range(1, 60)), 0.05, 0.95).kept
 

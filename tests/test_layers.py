@@ -26,11 +26,12 @@ LINES = [
 ]
 HOMES = {
     "torch": {"training"},
+    "lightning_fabric": {"training"},
     "onnxruntime": {"runtime", "training"},
     "paho": {"mqtt"},
     "sqlite3": {"outbox"},
     "yaml": {"schema"},
-    "cv2": {"pictures", "preprocess", "cameras"},
+    "cv2": {"pictures", "preprocess", "cameras", "training"},
     "amqtt": {"demo"},
     "typer": {"cli"},
     "rich": {"cli"},

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from edge_inspector.cli.shown import BundleArgument, JsonOption, TrustOption, complain, err, one_line, out, print_json
 from edge_inspector.errors import InspectorError
 
 if TYPE_CHECKING:
-    from edge_inspector.training.fit import Progress as Step
+    from edge_inspector.training.data import Pictures
     from edge_inspector.training.orders import Order, Trained
+    from edge_inspector.training.run import Progress as Step
 
 _TRUST = Path("trust")
 _KEY = Path("keys/signing.key")
@@ -33,22 +37,60 @@ def _bar() -> Progress:
     )  # fmt: skip
 
 
-def _trained(order: Order, run: Callable[[Order, Callable[[Step], None]], Trained]) -> Trained:
-    """Train with a bar for each stage."""
-    err.print(f"sample sheets appear in {order.out}.training; Ctrl-C stops, the same command resumes")
-    with _bar() as bar:
-        tasks = {"GAN": bar.add_task("GAN", total=order.settings.gan_steps, figures=""),
-                 "encoder": bar.add_task("encoder", total=order.settings.encoder_steps, figures="")}  # fmt: skip
+def _trained(order: Order, run: Callable[..., Trained]) -> Trained:
+    """Train with what the audit found, then a bar for each stage. The first Ctrl-C saves, the second ends at once."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: _asked(asked, before, number, frame))
+    err.print(f"work in progress lies in {order.out}.training; Ctrl-C stops, the same command resumes")
+    try:
+        with _bar() as bar:
+            tasks: dict[str, TaskID] = {}
 
-        def step(now: Step) -> None:
-            figures = "  ".join(f"{key} {value:.3g}" for key, value in now.figures.items())
-            bar.update(tasks[now.stage], completed=now.step, figures=figures)
+            def step(now: Step) -> None:
+                figures = "  ".join(f"{key} {value:.3g}" for key, value in now.figures.items())
+                if now.stage not in tasks:
+                    tasks[now.stage] = bar.add_task(now.stage, figures="")
+                bar.update(tasks[now.stage], completed=now.step, total=now.steps, figures=figures)
 
-        try:
-            return run(order, step)
-        except KeyboardInterrupt:
-            err.print("stopped; the same command resumes")
-            raise
+            def audited(surveyed: Pictures) -> None:
+                err.print(f"{len(surveyed.paths)} pictures of {surveyed.width_px}x{surveyed.height_px}")
+                for remark in surveyed.remarks:
+                    err.print(f"  {remark.level}: {remark}", style="yellow" if remark.level == "warning" else "", markup=False)
+
+            return run(order, step, audited, lambda: bool(asked))
+    except KeyboardInterrupt:
+        err.print("stopped; the same command resumes")
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _asked(asked: list[int], before: Any, number: int, frame: Any) -> None:
+    if asked and callable(before):
+        before(number, frame)
+    asked.append(number)
+    err.print("stopping at the next checkpoint; Ctrl-C again ends at once")
+
+
+class Family(str, Enum):
+    """Networks that can be trained."""
+
+    FEATURE_ANOGAN = "feature-anogan"
+    FANOGAN = "fanogan"
+
+
+def _family(name: Family, given: dict[str, Any]) -> Any:
+    """The family with what was given; its own defaults for the rest. Raises InspectorError for options it does not have."""
+    from edge_inspector.training.networks.fanogan_fit import Fanogan  # noqa: PLC0415
+    from edge_inspector.training.networks.feature_fit import FeatureAnogan  # noqa: PLC0415
+
+    kind = FeatureAnogan if name is Family.FEATURE_ANOGAN else Fanogan
+    chosen = {key: value for key, value in given.items() if value is not None}
+    foreign = sorted(set(chosen) - {field.name for field in dataclasses.fields(kind)})
+    if foreign:
+        options = ", ".join("--" + name.replace("side", "size").replace("_", "-") for name in foreign)
+        raise InspectorError(f"{options}: {name.value} has no such setting", hint="edge-inspector train --help")
+    return kind(**chosen)
 
 
 def train(
@@ -58,46 +100,53 @@ def train(
     out_folder: Annotated[Path, typer.Option("--out", help="folder that takes the bundle")] = Path("bundles"),
     key: Annotated[Path, typer.Option(help="signing key")] = _KEY,
     release: Annotated[int, typer.Option(min=1)] = 1,
+    family: Annotated[Family, typer.Option(help="feature-anogan finds most; fanogan is for comparison")] = (
+        Family.FEATURE_ANOGAN
+    ),
+    size: Annotated[int | None, typer.Option(help="side of the network's input [384; fanogan 64]")] = None,
     tile: Annotated[int | None, typer.Option(help="cut pictures into squares of so many pixels, for small defects")] = None,
     overlap: Annotated[float, typer.Option(min=0, max=0.5)] = 0.0,
     intensity_window: Annotated[tuple[int, int] | None, typer.Option(help="for 10 to 16 bit: black and white level")] = None,
-    size: Annotated[int, typer.Option(help="side of the network's input: 32, 64 or 128")] = 64,
-    width: Annotated[int, typer.Option(min=4, max=64, help="width of the network; the paper has 64")] = 16,
-    gan_steps: Annotated[int, typer.Option(min=1)] = 800,
-    encoder_steps: Annotated[int, typer.Option(min=1)] = 2400,
-    seed: Annotated[int, typer.Option()] = 1,
     alpha: Annotated[float, typer.Option(min=0.0001, max=0.5, help="share of good parts that may be rejected")] = 0.05,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    seed: Annotated[int, typer.Option()] = 1,
+    steps: Annotated[int | None, typer.Option(min=10, help="feature-anogan: steps of G and of D [400]")] = None,
+    width: Annotated[int | None, typer.Option(min=4, max=64, help="fanogan: width of the network [64, the paper's]")] = None,
+    gan_steps: Annotated[int | None, typer.Option(min=1, help="fanogan [800]")] = None,
+    encoder_steps: Annotated[int | None, typer.Option(min=1, help="fanogan [2400]")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     restart: Annotated[bool, typer.Option("--restart", help="forget an interrupted run")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a bundle (f-AnoGAN) on pictures of good parts; calibrate, check and sign it. Interrupted, it resumes."""
+    """Train a bundle on pictures of good parts; audit them, calibrate, check and sign. Interrupted, it resumes."""
     from edge_inspector import bundles  # noqa: PLC0415 - verbs load what they need
 
     signing = bundles.read_private_key(key)
     try:
-        from edge_inspector.training.fit import Settings  # noqa: PLC0415
         from edge_inspector.training.orders import Order  # noqa: PLC0415
         from edge_inspector.training.orders import train as run  # noqa: PLC0415
     except ImportError as error:
         raise InspectorError(f"training is not installed: {error}", hint='pip install "edge-inspector[train]"') from error
-    settings = Settings(size=size, width=width, gan_steps=gan_steps, encoder_steps=encoder_steps, seed=seed)
+    given = {"side": size, "steps": steps, "width": width, "gan_steps": gan_steps, "encoder_steps": encoder_steps}
     order = Order(
         folder=folder, out=out_folder / (name or product), product=product, name=name or product, key=signing,
-        release=release, settings=settings, tile=tile, overlap=overlap, intensity_window=intensity_window, alpha=alpha,
-        device=device, restart=restart, command=f"edge-inspector {shlex.join(sys.argv[1:])}",
+        release=release, family=_family(family, given), seed=seed, tile=tile, overlap=overlap,
+        intensity_window=intensity_window, alpha=alpha, device=device, restart=restart,
+        command=f"edge-inspector {shlex.join(sys.argv[1:])}",
     )  # fmt: skip
     trained = _trained(order, run)
-    for warning in trained.warnings:
-        err.print(f"note: {warning}", style="yellow", markup=False)
     if as_json:
         print_json({
             "bundle": str(trained.folder), "threshold": trained.promise.threshold, "kept": trained.promise.kept,
-            "held_out": trained.promise.n, "alpha": alpha, "parity": trained.parity, "key": trained.key_id,
+            "n": trained.promise.n, "alpha": alpha, "supported_alpha": trained.promise.supported, "parity": trained.parity,
+            "key": trained.key_id, "audit": [remark.to_json() for remark in trained.remarks], "notes": trained.notes,
+            "detection_limit": trained.limit.to_json(),
         })  # fmt: skip
         return
-    out.print(f"bundle {trained.folder}, signed by key {trained.key_id}")
+    for note in trained.notes:
+        out.print(note, markup=False)
+    out.print(f"detection limit: {trained.limit}")
     out.print(f"promise: {trained.promise}", style="" if trained.promise.kept else "yellow")
+    out.print(f"bundle {trained.folder}, signed by key {trained.key_id}")
     out.print(f"report: {trained.folder / 'report.html'}")
 
 
@@ -122,12 +171,25 @@ def evaluate(
         return
     table = Table(box=None, show_header=False)
     table.add_row("bundle", found.bundle)
-    table.add_row("image AUROC", "needs good and bad parts" if found.auroc is None else f"{found.auroc:.4f}")
+    image = found.detection
+    if image is None:
+        table.add_row("image AUROC", "needs good and bad parts")
+    else:
+        table.add_row("image AUROC", f"{image.auroc:.4f}")
+        table.add_row("average precision", f"{image.average_precision:.4f}")
+        table.add_row("best F1", f"{image.max_f1:.4f}")
+        for recall, fpr in image.fpr_at_recall.items():
+            table.add_row(f"good parts rejected where {recall} % of defects are found", f"{fpr:.1%}")
+    if found.aupro is not None:
+        table.add_row("pixel AUROC, AUPRO to 30 %", f"{found.pixel_auroc:.4f}, {found.aupro:.4f}")
     table.add_row(f"at threshold {found.threshold:.4g}", "")
     table.add_row("  good parts rejected", str(found.false_reject))
     table.add_row("  defective parts passed", str(found.escape))
     for kind, rate in found.escape_by_kind.items():
-        table.add_row(f"    {escape(kind)}", str(rate))
+        auroc = f", AUROC {found.auroc_by_kind[kind]:.4f}" if kind in found.auroc_by_kind else ""
+        table.add_row(f"    {escape(kind)}", f"{rate}{auroc}")
+    for trivial, auroc_ in found.trivial.items():
+        table.add_row(f"AUROC of {trivial} alone", f"{auroc_:.4f}")
     out.print(table)
 
 

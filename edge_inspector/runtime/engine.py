@@ -52,18 +52,27 @@ class Engine(Protocol):
         ...
 
 
+def judged_tiles(
+    engine: Engine, plan: preprocess.Plan, image: Pixels
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scores [tiles] and anomaly maps [tiles, h, w] of a picture of any number of tiles, in batches of the engine's size."""
+    images, valid = plan.buffers()
+    plan.fill(image, images, valid)
+    scores, maps = [], []
+    for start in range(0, len(images), engine.batch):
+        n = len(images[start : start + engine.batch])
+        engine.images[:n], engine.valid[:n] = images[start : start + n], valid[start : start + n]
+        outputs = engine()
+        scores.append(outputs.score[:n].copy())
+        maps.append(outputs.map[:n].copy())
+    return np.concatenate(scores), np.concatenate(maps)
+
+
 def picture_score(engine: Engine, image: Pixels) -> float:
     """Score of a whole picture (uint8 or uint16 [H, W] or [H, W, 3] BGR): the largest over its tiles."""
     manifest = engine.bundle.manifest
     plan = preprocess.Plan(manifest.input, Roi(), image.shape[0], image.shape[1], manifest.training.intensity_window)
-    images, valid = plan.buffers()
-    plan.fill(image, images, valid)
-    best = -np.inf
-    for start in range(0, len(images), engine.batch):
-        n = len(images[start : start + engine.batch])
-        engine.images[:n], engine.valid[:n] = images[start : start + n], valid[start : start + n]
-        best = max(best, float(engine().score[:n].max()))
-    return best
+    return float(judged_tiles(engine, plan, image)[0].max())
 
 
 def judge_samples(engine: Engine) -> list[float]:

@@ -1,8 +1,8 @@
-"""Part-level scores of pictures through the engine, as on the line; limit samples for a bundle."""
+"""Limit samples: pictures in a bundle with the verdicts they must get."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,6 @@ from edge_inspector.runtime.engine import picture_score
 GOOD_SAMPLES = 3
 
 
-def scores(engine: Engine, paths: Iterable[Path], tick: Callable[[], None] = lambda: None) -> list[float]:
-    """The score of each picture: the largest over its tiles, through the same preprocessing as on the line."""
-    found = []
-    for path in paths:
-        found.append(picture_score(engine, pictures.read(path)))
-        tick()
-    return found
-
-
 def blemished(image: Pixels, size: float) -> Pixels:
     """The picture with a round blot of `size` (share of its height) in its middle, as far from its mean as can be."""
     height, width = image.shape[:2]
@@ -39,25 +30,31 @@ def blemished(image: Pixels, size: float) -> Pixels:
     return spoiled
 
 
-def limit_samples(engine: Engine, paths: list[Path], threshold: float, folder: Path) -> tuple[Sample, ...]:
-    """Write sample-*.png: good parts (median, high, highest below the threshold) and one with a blot that just fails.
+def limit_samples(engine: Engine, ranked: Sequence[Path], threshold: float, folder: Path) -> tuple[Sample, ...]:
+    """Write sample-*.png: good parts (ordinary to odd, as far as they pass) and one with a blot that just fails.
 
-    Raises TrainingError when no blot fails: such a network finds nothing.
+    `ranked`: pictures of good parts, the most ordinary first. Raises TrainingError when no blot fails: such a network
+    finds nothing.
     """
-    ranked = sorted((score, path) for score, path in zip(scores(engine, paths), paths, strict=True) if score <= threshold)
-    chosen = [ranked[round(share * (len(ranked) - 1))] for share in np.linspace(0.5, 1.0, GOOD_SAMPLES)]
-    samples = []
-    for number, (score, path) in enumerate(chosen, 1):
-        name = f"sample-good-{number}.png"
-        pictures.write(folder / name, pictures.read(path))
-        samples.append(Sample(file=name, score=score, verdict=Verdict.PASS))
+    samples: list[Sample] = []
+    tried = dict.fromkeys(ranked[round(share * (len(ranked) - 1))] for share in (0.5, 0.9, 0.8, 0.7, 0.6, 0.4, 0.3))
+    for path in tried:
+        image = pictures.read(path)
+        score = picture_score(engine, image)
+        if score <= threshold and len(samples) < GOOD_SAMPLES:
+            name = f"sample-good-{len(samples) + 1}.png"
+            pictures.write(folder / name, image)
+            samples.append(Sample(file=name, score=score, verdict=Verdict.PASS))
+    if not samples:
+        raise TrainingError("no ordinary good part passes its own threshold", hint="please report this with the pictures' kind")
+    ordinary = pictures.read(folder / samples[0].file)
     for size in np.geomspace(0.02, 0.8, 12):
-        spoiled = blemished(pictures.read(chosen[0][1]), float(size))
+        spoiled = blemished(ordinary, float(size))
         score = picture_score(engine, spoiled)
         if score > 1.05 * threshold:
             pictures.write(folder / "sample-fail-1.png", spoiled)
             return (*samples, Sample(file="sample-fail-1.png", score=score, verdict=Verdict.FAIL))
     raise TrainingError(
         "even a blot over most of a part stays below the threshold: the network finds nothing",
-        hint="train longer (--gan-steps, --encoder-steps), or look for odd parts among the pictures",
+        hint="train longer, or look for odd parts among the pictures",
     )

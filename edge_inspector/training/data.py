@@ -1,10 +1,10 @@
-"""Pictures of good parts: read, split, cut into what the network sees."""
+"""Pictures of good parts: read, audited, split, cut into what the network sees."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,90 +15,114 @@ from edge_inspector import pictures, preprocess
 from edge_inspector.bundles import InputSpec
 from edge_inspector.errors import PictureError, TrainingError
 from edge_inspector.roi import Roi
+from edge_inspector.training import audit
 
 MIN_PICTURES = 20
 BLOCKS = 20
-"""The name order is cut into this many runs; every fourth run is held out for calibration. Neighbours in name order
-tend to come from the same sheet, shift or minute: held out one by one they would flatter the threshold."""
+"""The name order is cut into this many runs, and whole runs are held out together. Neighbours in name order tend to come
+from the same sheet, shift or minute: held out one by one they would flatter the threshold."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Good parts of one product: those the network is fitted to, and those held out for calibration."""
+    """Good parts of one product, in name order."""
 
-    fit: tuple[Path, ...]
-    held_out: tuple[Path, ...]
+    paths: tuple[Path, ...]
     height_px: int
     width_px: int
+    """The commonest size."""
+    aspects: tuple[float, float]
+    """Smallest and largest width / height."""
     channels: int
     depth_bits: int
     digest: str
     """sha256 over names and bytes, in name order."""
-    warnings: tuple[str, ...]
+    remarks: tuple[audit.Remark, ...]
+
+    def folds(self, count: int) -> NDArray[np.intp]:
+        """The fold of each picture, 0 to count - 1, whole runs of names together."""
+        runs = np.array_split(np.arange(len(self.paths)), min(BLOCKS, len(self.paths) // 2))
+        fold = np.empty(len(self.paths), np.intp)
+        for number, run in enumerate(runs):
+            fold[run] = number % count
+        return fold
 
 
-def _split(paths: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    blocks = np.array_split(np.arange(len(paths)), min(BLOCKS, len(paths) // 2))
-    held = {int(i) for number, block in enumerate(blocks) if number % 4 == 3 for i in block}
-    return (
-        tuple(p for i, p in enumerate(paths) if i not in held),
-        tuple(p for i, p in enumerate(paths) if i in held),
-    )
+def survey(folder: Path, tick: Callable[[int, int], None] = lambda _, __: None) -> Pictures:
+    """Read every picture once: refuse what cannot be used, remark on what looks odd. tick(done, all) after each.
 
-
-def survey(folder: Path) -> Pictures:
-    """Read every picture once: refuse what cannot be used, warn of what looks odd, split the rest.
-
-    Raises TrainingError (too few, mixed bit depths) and PictureError (none, unreadable).
+    Raises TrainingError (too few, mixed colours or bit depths) and PictureError (none, no folder).
     """
     paths = pictures.listed(folder)
-    digest, digests, shapes, warnings, unreadable = hashlib.sha256(), Counter[bytes](), Counter[tuple[int, ...]](), [], []
-    usable = []
-    for path in paths:
+    digest, unreadable, found = hashlib.sha256(), [], []
+    for number, path in enumerate(paths, 1):
         try:
-            image = pictures.read(path)
-        except PictureError as error:
-            unreadable.append(error.message)
-            continue
-        content = path.read_bytes()
-        digest.update(path.name.encode() + b"\0" + hashlib.sha256(content).digest())
-        digests[hashlib.sha256(content).digest()] += 1
-        height, width = image.shape[:2]
-        shapes[height, width, 1 if image.ndim == 2 else 3, image.dtype.itemsize * 8] += 1
-        usable.append(path)
-    if unreadable:
-        warnings.append(f"left out {len(unreadable)} unreadable: " + "; ".join(unreadable[:5]))
-    if len(usable) < MIN_PICTURES:
+            content = path.read_bytes()
+            sha256 = hashlib.sha256(content).digest()
+            found.append(audit.facts(path, pictures.decode(content, str(path)), sha256))
+            digest.update(path.name.encode() + b"\0" + sha256)
+        except (PictureError, OSError) as error:
+            unreadable.append((path, error.message if isinstance(error, PictureError) else str(error)))
+        tick(number, len(paths))
+    if len(found) < MIN_PICTURES:
+        why = f" ({len(unreadable)} unreadable: {unreadable[0][1]})" if unreadable else ""
         raise TrainingError(
-            f"{folder}: {len(usable)} usable pictures, at least {MIN_PICTURES} are needed",
-            hint="take more pictures of good parts; 300 support a promised false-reject rate of 1 %",
+            f"{folder}: {len(found)} usable pictures{why}, at least {MIN_PICTURES} are needed",
+            hint="take more pictures of good parts; 59 support a promised false-reject rate of 5 %, 299 one of 1 %",
         )
-    for position, name in ((2, "colours (grey and colour)"), (3, "bit depths")):
-        kinds = {shape[position] for shape in shapes}
-        if len(kinds) > 1:
-            raise TrainingError(f"{folder}: mixed {name}: {sorted(kinds)}", hint="train on pictures of one camera setting")
-    if len(shapes) > 1:
-        sizes = ", ".join(f"{w}x{h} ({n})" for (h, w, _, _), n in shapes.most_common(4))
-        warnings.append(f"pictures differ in size: {sizes}; each is fitted to the network's input on its own")
-    twice = sum(n - 1 for n in digests.values())
-    if twice:
-        warnings.append(f"{twice} exact copies: copies add no information and flatter the threshold")
-    fit, held_out = _split(usable)
-    (height, width, channels, bits), _ = shapes.most_common(1)[0]
-    return Pictures(fit, held_out, height, width, channels, bits, digest.hexdigest(), tuple(warnings))
+    for name, kinds in (
+        ("grey and colour pictures", ["grey" if f.channels == 1 else "colour" for f in found]),
+        ("bit depths", [f"{f.depth_bits} bit" for f in found]),
+    ):
+        counted = Counter(kinds).most_common()
+        if len(counted) > 1:
+            listed, rare = ", ".join(f"{n} {kind}" for kind, n in counted), counted[-1][0]
+            raise TrainingError(
+                f"{folder}: mixed {name}: {listed}; {rare} is, for one, {found[kinds.index(rare)].path.name}",
+                hint="train on pictures of one camera setting",
+            )
+    said = audit.remarks(found)
+    if unreadable:
+        text = "left out, unreadable (" + "; ".join(sorted({why.split(": ", 1)[-1] for _, why in unreadable})) + ")"
+        said = (audit.Remark("warning", text, tuple(path for path, _ in unreadable)), *said)
+    (height, width), _ = Counter((f.height_px, f.width_px) for f in found).most_common(1)[0]
+    aspects = [f.width_px / f.height_px for f in found]
+    return Pictures(
+        tuple(f.path for f in found), height, width, (min(aspects), max(aspects)), found[0].channels, found[0].depth_bits,
+        digest.hexdigest(), said,
+    )  # fmt: skip
 
 
-def load_tiles(paths: Sequence[Path], spec: InputSpec, roi: Roi, window: preprocess.Window | None) -> NDArray[np.uint8]:
-    """Every tile of every picture as the network will see it on the line: uint8 [N, H, W, C]."""
-    out = []
+@dataclass(frozen=True)
+class Tiles:
+    """Every tile of every picture as the network sees it on the line."""
+
+    images: NDArray[np.uint8]
+    """[N, H, W, C]"""
+    valid: NDArray[np.uint8]
+    """[N, H, W], 0 where nothing is judged."""
+    picture: NDArray[np.intp]
+    """[N], which picture a tile is of."""
+
+    def of(self, chosen: NDArray[np.bool_]) -> Tiles:
+        """The tiles of chosen pictures; chosen: bool [pictures]."""
+        kept = chosen[self.picture]
+        return Tiles(self.images[kept], self.valid[kept], self.picture[kept])
+
+
+def load_tiles(paths: Sequence[Path], spec: InputSpec, window: preprocess.Window | None) -> Tiles:
+    """Cut pictures as the line will. Raises PictureError, FormatError."""
+    images, masks, origin = [], [], []
     plans: dict[tuple[int, int], preprocess.Plan] = {}
-    for path in paths:
+    for number, path in enumerate(paths):
         image = pictures.read(path)
         height, width = image.shape[:2]
         plan = plans.get((height, width))
         if plan is None:
-            plan = plans[height, width] = preprocess.Plan(spec, roi, height, width, window)
+            plan = plans[height, width] = preprocess.Plan(spec, Roi(), height, width, window)
         buffers = plan.buffers()
         plan.fill(image, *buffers)
-        out.append(buffers[0])
-    return np.concatenate(out)
+        images.append(buffers[0])
+        masks.append(buffers[1])
+        origin += [number] * len(buffers[0])
+    return Tiles(np.concatenate(images), np.concatenate(masks), np.array(origin))

@@ -1,4 +1,4 @@
-"""Folder of good parts -> signed bundle: survey, fit, calibrate, export, check, report."""
+"""Folder of good parts -> signed bundle: audit, fit, calibrate, export, check, report."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from edge_inspector import bundles, pictures, scoring
+from edge_inspector import bundles, scoring
 from edge_inspector.bundles import NAME_PATTERN, Bundle, Calibration, FileEntry, InputSpec, Manifest, Sample, TrainedOn
 from edge_inspector.errors import TrainingError
 from edge_inspector.frames import utc_now
 from edge_inspector.preprocess import Window
 from edge_inspector.results import Verdict
-from edge_inspector.roi import Roi
 from edge_inspector.runtime import OnnxEngine, judge_samples
-from edge_inspector.training import calibrate, data, export, report
-from edge_inspector.training.fit import CHECKPOINT, Fit, Progress, Settings
-from edge_inspector.training.networks.fanogan import FanoganGraph
+from edge_inspector.training import audit, calibrate, data, export, limits, report
+from edge_inspector.training.networks import Family, Fitted
+from edge_inspector.training.networks.feature_fit import FeatureAnogan
+from edge_inspector.training.run import Progress, Run
 
-SIZES = (32, 64, 128)
-_PARITY_TILES = 16
+_PARITY_PICTURES = 16
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Order:
     name: str
     key: Ed25519PrivateKey
     release: int = 1
-    settings: Settings = field(default_factory=Settings)
+    family: Family = field(default_factory=FeatureAnogan)
+    seed: int = 1
     tile: int | None = None
     overlap: float = 0.0
     intensity_window: Window | None = None
@@ -57,37 +58,53 @@ class Trained:
 
     folder: Path
     promise: scoring.Promise
-    warnings: tuple[str, ...]
+    remarks: tuple[audit.Remark, ...]
+    notes: tuple[str, ...]
+    limit: limits.Curve
     parity: float
     key_id: str
 
 
-def train(order: Order, on_progress: Callable[[Progress], None] = lambda _: None) -> Trained:
+def train(
+    order: Order,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_audit: Callable[[data.Pictures], None] = lambda _: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Trained:
     """Train, calibrate, export, check and sign. Resumes where an interrupted run with the same settings stopped.
 
-    Raises TrainingError, PictureError, BundleError.
+    `on_audit` is told what the folder holds before anything is fitted. Where `stopping` says so, training saves a
+    checkpoint and raises KeyboardInterrupt. Raises TrainingError, PictureError, BundleError.
     """
     if order.out.exists():
         raise TrainingError(f"{order.out}: exists already", hint="give another --out, or remove the old bundle")
     for name in (order.product, order.name):
         if not re.match(NAME_PATTERN, name):
             raise TrainingError(f"name {name!r}: must be small letters, digits and single hyphens", hint="as in: my-product")
-    if order.settings.size not in SIZES:
-        raise TrainingError(f"size {order.settings.size}: must be one of {SIZES}")
     work = order.out.with_name(order.out.name + ".training")
     if order.restart:
         shutil.rmtree(work, ignore_errors=True)
     _make(work)
-    surveyed = data.survey(order.folder)
+    run = Run(work, device=order.device, seed=order.seed, on_progress=on_progress, stopping=stopping)
+    surveyed = data.survey(order.folder, lambda done, count: run.tell("reading", done, count))
     if surveyed.depth_bits != 8 and order.intensity_window is None:
         raise TrainingError(
             f"{order.folder}: {surveyed.depth_bits}-bit pictures need --intensity-window LOW HIGH",
             hint="0 4095 for a 12-bit camera, 0 1023 for 10 bit",
         )
-    spec = _spec(order, surveyed)
-    tiles = data.load_tiles(surveyed.fit, spec, Roi(), order.intensity_window)
-    graph = Fit(tiles, order.settings, work, device=order.device).run(on_progress)
-    return _bundle(order, surveyed, spec, tiles, graph, work)
+    if run.first:
+        on_audit(surveyed)
+    spec = order.family.input_spec(surveyed, order.tile, order.overlap)
+    try:
+        fitted = order.family.fit(surveyed, spec, order.intensity_window, run)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"{order.device}: out of memory: {str(error).splitlines()[0]}",
+            hint="close what else uses the GPU, give a smaller --size, or train with --device cpu",
+        ) from error
+    trained = _bundle(order, surveyed, spec, fitted, run) if run.first else None
+    finished: Trained = run.shared(trained, 0)
+    return finished
 
 
 def _make(folder: Path) -> None:
@@ -97,51 +114,42 @@ def _make(folder: Path) -> None:
         raise TrainingError(f"{folder}: {error.strerror}", hint="give a folder that can be written with --out") from error
 
 
-def _spec(order: Order, surveyed: data.Pictures) -> InputSpec:
-    grey = surveyed.channels == 1
-    return InputSpec(
-        height=order.settings.size, width=order.settings.size, channels=1 if grey else 3, order="grey" if grey else "bgr",
-        tile=order.tile, overlap=order.overlap,
-    )  # fmt: skip
-
-
-def _bundle(
-    order: Order, surveyed: data.Pictures, spec: InputSpec, tiles: np.ndarray, graph: FanoganGraph, work: Path
-) -> Trained:
-    """Calibrate on the held-out parts, write everything, check it as the line will, sign, move into place."""
-    part = work / "bundle"
+def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitted, run: Run) -> Trained:
+    """Set the scale and the threshold, write everything, check it as the line will, sign, move into place."""
+    part = run.folder / "bundle"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    draft = _draft(order, surveyed, spec)
-    graph.cpu().balance(torch.from_numpy(data.load_tiles(surveyed.held_out, spec, Roi(), order.intensity_window)))
-    export.export(graph, part / bundles.NETWORK, tiles[:1])
-    with OnnxEngine(Bundle(part, draft, "", "")) as engine:
-        raw = calibrate.scores(engine, surveyed.held_out)
-    scale = float(np.median(raw))
-    if not scale > 0:
-        raise TrainingError(f"good parts score {scale}: the network does not work", hint="train longer")
+    known = ~np.isnan(fitted.scores)
+    scale = float(np.median(fitted.scores[known]))
+    if not (np.isfinite(fitted.scores[known]).all() and scale > 0):
+        raise TrainingError(f"good parts score {scale}: the network does not work", hint="train longer, or with another --seed")
+    graph: Any = fitted.graph
     graph.unit.fill_(scale)
+    scores = fitted.scores / scale
+    promise = scoring.promise(scores[known].tolist(), order.alpha, order.confidence)
+    some = surveyed.paths[:: max(1, len(surveyed.paths) // _PARITY_PICTURES)][:_PARITY_PICTURES]
+    tiles = data.load_tiles(some, spec, order.intensity_window).images[:_PARITY_PICTURES]
     export.export(graph, part / bundles.NETWORK, tiles[:1])
-    parity = export.parity(graph, part / bundles.NETWORK, tiles[:: max(1, len(tiles) // _PARITY_TILES)][:_PARITY_TILES])
-    with OnnxEngine(Bundle(part, draft, "", "")) as engine:
-        held_out = calibrate.scores(engine, surveyed.held_out)
-        promise = scoring.promise(held_out, order.alpha, order.confidence)
-        samples = calibrate.limit_samples(engine, list(surveyed.held_out), promise.threshold, part)
-    calibration = Calibration(
-        n=promise.n, alpha=order.alpha, confidence=order.confidence, kept=promise.kept, scores=tuple(sorted(held_out))
-    )
-    manifest = draft.model_copy(
+    parity = export.parity(graph, part / bundles.NETWORK, tiles)
+    cost = export.cost(graph, part / bundles.NETWORK, tiles[:1])
+    manifest = _draft(order, surveyed, spec).model_copy(
         update={
-            "calibration": calibration,
-            "threshold": promise.threshold,
-            "scale": scale,
-            "samples": samples,
-            "metrics": {"parity": parity},
-        }  # fmt: skip
-    )
-    sheets = sorted(work.glob("sheet-*.png"))
-    page = report.render(manifest, promise, surveyed, order.settings, [pictures.read(sheet) for sheet in _thinned(sheets)],
-                         [(s, pictures.read(part / s.file)) for s in samples])  # fmt: skip
+            "calibration": Calibration(
+                n=promise.n, alpha=order.alpha, confidence=order.confidence, kept=promise.kept,
+                scores=tuple(sorted(scores[known].tolist())), method=fitted.method, tail=promise.fitted, review=promise.review,
+            ),
+            "threshold": promise.threshold, "scale": scale,
+        }
+    )  # fmt: skip
+    ranked = [surveyed.paths[i] for i in np.argsort(scores) if known[i]]
+    with OnnxEngine(Bundle(part, manifest, "", "")) as engine:
+        samples = calibrate.limit_samples(engine, ranked, promise.threshold, part)
+        limit = limits.curve(engine, ranked, run.rng(), lambda done, count: run.tell("detection limit", done, count))
+        extremes = report.extremes(engine, ranked)
+    metrics = {"parity": parity, **fitted.figures, **cost, **limit.figures()}
+    manifest = manifest.model_copy(update={"samples": samples, "metrics": metrics})
+    page = report.render(manifest, promise, surveyed, fitted.notes, limit, _thinned(sorted(run.folder.glob("sheet-*.png"))),
+                         extremes, part)  # fmt: skip
     (part / bundles.REPORT).write_text(page)
     manifest = manifest.model_copy(update={"files": bundles.file_entries(part)})
     bundles.write_manifest(part, manifest)
@@ -149,11 +157,11 @@ def _bundle(
     with OnnxEngine(Bundle(part, manifest, "", identity)) as engine:
         judge_samples(engine)
     part.rename(order.out)
-    (work / CHECKPOINT).unlink(missing_ok=True)
-    return Trained(order.out, promise, surveyed.warnings, parity, identity)
+    run.forget()
+    return Trained(order.out, promise, surveyed.remarks, fitted.notes, limit, parity, identity)
 
 
-def _thinned(sheets: list[Path], most: int = 4) -> list[Path]:
+def _thinned(sheets: list[Path], most: int = 6) -> list[Path]:
     if len(sheets) <= most:
         return sheets
     return [sheets[round(i * (len(sheets) - 1) / (most - 1))] for i in range(most)]
@@ -161,15 +169,16 @@ def _thinned(sheets: list[Path], most: int = 4) -> list[Path]:
 
 def _draft(order: Order, surveyed: data.Pictures, spec: InputSpec) -> Manifest:
     """The manifest before calibration."""
-    settings = ", ".join(f"{key} {value}" for key, value in asdict(order.settings).items())
+    settings = ", ".join(f"{key} {value}" for key, value in {**asdict(order.family), "seed": order.seed}.items())  # type: ignore[call-overload]
+    low, high = surveyed.aspects
     return Manifest(
         schema="ei.bundle.v1", name=order.name, release=order.release, product=order.product, created_at=utc_now(),
-        network=f"fanogan: {settings}; torch {torch.__version__}", input=spec,
+        network=f"{order.family.name}: {settings}; torch {torch.__version__}", input=spec,
         calibration=Calibration(n=1, alpha=order.alpha, confidence=order.confidence, kept=False, scores=()),
         threshold=1.0, scale=1.0, samples=(Sample(file="none", score=0, verdict=Verdict.PASS),),
         training=TrainedOn(
-            digest=surveyed.digest, pictures=len(surveyed.fit) + len(surveyed.held_out), height_px=surveyed.height_px,
-            width_px=surveyed.width_px, depth_bits=surveyed.depth_bits, intensity_window=order.intensity_window,
+            digest=surveyed.digest, pictures=len(surveyed.paths), height_px=surveyed.height_px, width_px=surveyed.width_px,
+            depth_bits=surveyed.depth_bits, intensity_window=order.intensity_window, aspects=(round(low, 4), round(high, 4)),
         ),
         min_version=version("edge-inspector"), command=order.command, files={"none": FileEntry(size=0, sha256="0" * 64)},
     )  # fmt: skip

@@ -4,78 +4,172 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edge_inspector import pictures
-from edge_inspector.bundles import Manifest, Sample
+from edge_inspector import pictures, preprocess
+from edge_inspector.bundles import Manifest
 from edge_inspector.frames import Pixels
+from edge_inspector.roi import Roi
+from edge_inspector.runtime import Engine
 from edge_inspector.scoring import Promise
+from edge_inspector.training import audit
 from edge_inspector.training.data import Pictures
-from edge_inspector.training.fit import Settings
+from edge_inspector.training.limits import Curve
 
 _STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top}"
-    "img{max-width:100%;image-rendering:pixelated;margin:.3em 0}code{background:#eee;padding:.1em .3em}"
+    "table.grid td,table.grid th{padding:.2em .7em;text-align:right;border:1px solid #ddd}"
+    "img{max-width:100%;margin:.3em 0}code{background:#eee;padding:.1em .3em;overflow-wrap:anywhere}"
     "figure{display:inline-block;margin:.5em 1em .5em 0}figcaption{font-size:13px;color:#555}"
+    ".warning{color:#a40}h2{margin-top:1.6em}@media print{body{margin:0;max-width:none}figure,table{break-inside:avoid}}"
 )
-_BARS = 40
+_BARS, _EXTREMES = 40, 3
 
 
-def _embedded(image: Pixels, zoom: int) -> str:
+@dataclass(frozen=True)
+class Extreme:
+    """A good part with what the network makes of it."""
+
+    path: Path
+    score: float
+    picture: Pixels
+    """As `pictures.explanation` gives it."""
+
+
+def extremes(engine: Engine, ranked: Sequence[Path]) -> tuple[list[Extreme], list[Extreme]]:
+    """The most ordinary and the oddest good parts of pictures ranked by score, seen by an open engine."""
+    return (
+        [_explained(engine, path) for path in ranked[:_EXTREMES]],
+        [_explained(engine, path) for path in ranked[: -_EXTREMES - 1 : -1]],
+    )
+
+
+def _explained(engine: Engine, path: Path) -> Extreme:
+    manifest = engine.bundle.manifest
+    image = pictures.read(path)
+    plan = preprocess.Plan(manifest.input, Roi(), image.shape[0], image.shape[1], manifest.training.intensity_window)
+    images, valid = plan.buffers()
+    plan.fill(image, images, valid)
+    maps: list[NDArray[np.float32]] = []
+    drawn: list[NDArray[np.uint8]] = []
+    score = 0.0
+    for tile, mask in zip(images, valid, strict=True):
+        engine.images[0], engine.valid[0] = tile, mask
+        outputs = engine()
+        score = max(score, float(outputs.score[0]))
+        maps.append(outputs.map[0].copy())
+        if outputs.expected is not None:
+            drawn.append(outputs.expected[0].copy())
+    anomaly = plan.stitched(np.stack(maps))
+    expected = plan.stitched(np.stack(drawn)) if drawn else None
+    regions = plan.regions(anomaly, manifest.threshold, None) if score > manifest.threshold else ()
+    shown = pictures.explanation(image, anomaly, manifest.threshold, regions, expected, f"{path.name}  score {score:.3f}")
+    return Extreme(path, score, shown)
+
+
+def _embedded(image: Pixels, width: int | None = None) -> str:
     data = base64.b64encode(pictures.encoded(image, ".jpg")).decode()
-    return f'<img width="{image.shape[1] * zoom}" src="data:image/jpeg;base64,{data}" alt="">'
+    return f'<img width="{width or image.shape[1]}" src="data:image/jpeg;base64,{data}" alt="">'
 
 
-def _histogram(scores: Sequence[float], threshold: float) -> str:
-    """Scores of held-out good parts as inline SVG, with the threshold."""
-    top = max(*scores, threshold) * 1.1
+def _histogram(scores: Sequence[float], promise: Promise) -> str:
+    """Scores of good parts as inline SVG, with the threshold and the review band."""
+    top = max(*scores, promise.threshold) * 1.1
     counts, _ = np.histogram(scores, bins=_BARS, range=(0, top))
     bars = "".join(
         f'<rect x="{i * 15}" y="{150 - height:.1f}" width="13" height="{height:.1f}" fill="#47a"/>'
         for i, height in enumerate(140 * counts / counts.max())
     )
-    x = threshold / top * _BARS * 15
+    x, from_x = (value / top * _BARS * 15 for value in (promise.threshold, promise.review))
     return (
-        f'<svg viewBox="0 0 600 175" width="600">{bars}<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="150" stroke="#c00"/>'
+        f'<svg viewBox="0 0 600 175" width="600"><rect x="{from_x:.1f}" y="0" width="{x - from_x:.1f}" height="150"'
+        f' fill="#fe9" opacity="0.6"/>{bars}<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="150" stroke="#c00"/>'
         f'<text x="0" y="168" font-size="12">0</text><text x="{x:.1f}" y="168" font-size="12" fill="#c00"'
-        f' text-anchor="middle">threshold {threshold:.3g}</text></svg>'
+        f' text-anchor="middle">threshold {promise.threshold:.3g}</text></svg>'
     )
 
 
-def render(
-    manifest: Manifest, promise: Promise, surveyed: Pictures, settings: Settings,
-    sheets: Sequence[Pixels], samples: Sequence[tuple[Sample, Pixels]],
-) -> str:  # fmt: skip
-    """The page as text. Sheets are shown in the order given, first to last training step."""
+def _limit_table(limit: Curve) -> str:
+    """Shares found, greener where more."""
+    head = "".join(f"<th>{size:g} px</th>" for size in limit.sizes_px)
+    rows = "".join(
+        f"<tr><th>{contrast} levels</th>"
+        + "".join(f'<td style="background:rgba(40,160,80,{share:.2f})">{share:.0%}</td>' for share in row)
+        + "</tr>"
+        for contrast, row in zip(limit.contrasts, limit.found, strict=True)
+    )
+    return f'<table class="grid"><tr><th></th>{head}</tr>{rows}</table>'
+
+
+def _remarks(remarks: Iterable[audit.Remark]) -> str:
+    items = []
+    for remark in remarks:
+        shown = _embedded(audit.montage(remark.paths)) if remark.paths else ""
+        items.append(f'<li class="{remark.level}">{html.escape(str(remark))}<br>{shown}</li>')
+    return "".join(items) or "<li>nothing odd was found</li>"
+
+
+def _figures(extremes: Sequence[Extreme]) -> str:
+    return "".join(f"<figure>{_embedded(e.picture)}</figure>" for e in extremes)
+
+
+def _facts(manifest: Manifest, surveyed: Pictures) -> str:
+    metrics = manifest.metrics
     facts = {
         "product": manifest.product,
         "bundle": f"{manifest.name}, release {manifest.release}, made {manifest.created_at:%Y-%m-%d %H:%M} UTC",
-        "trained on": f"{manifest.training.pictures} pictures of good parts"
-        f" ({len(surveyed.fit)} to fit the network, {len(surveyed.held_out)} held out to calibrate it)",
-        "pictures": f"{surveyed.width_px}x{surveyed.height_px}, {surveyed.depth_bits} bit, digest {surveyed.digest[:16]}…",
+        "trained on": f"{manifest.training.pictures} pictures of good parts, {surveyed.width_px}x{surveyed.height_px},"
+        f" {surveyed.depth_bits} bit, digest {surveyed.digest[:16]}…",
         "network": manifest.network,
-        "settings": ", ".join(f"{key} {value}" for key, value in asdict(settings).items()),
-        "PyTorch against ONNX Runtime": f"largest relative difference {manifest.metrics.get('parity', 0):.1e}",
+        "input": f"{manifest.input.width}x{manifest.input.height}"
+        + (f", tiles of {manifest.input.tile} px" if manifest.input.tile else ""),
+        "cost per tile": f"{metrics['gmac']:.2f} GMAC, {metrics['megabytes']:.1f} MB,"
+        f" {metrics['cpu_ms_one_thread']:.0f} ms of one CPU thread where it was trained",
+        "PyTorch against ONNX Runtime": f"largest relative difference {metrics['parity']:.1e}",
     }
-    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in surveyed.warnings) or "<li>nothing odd was found</li>"
-    shown = "".join(
-        f"<figure>{_embedded(image, 2)}<figcaption>{html.escape(s.file)}: {s.score:.3f}, {s.verdict.value}</figcaption>"
-        "</figure>"
-        for s, image in samples
+    return "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
+
+
+def render(
+    manifest: Manifest, promise: Promise, surveyed: Pictures, notes: Sequence[str], limit: Curve, sheets: Sequence[Path],
+    parts: tuple[list[Extreme], list[Extreme]], folder: Path,
+) -> str:  # fmt: skip
+    """The page as text. Sheets are shown in the order given, first to last training step; samples lie in `folder`."""
+    samples = "".join(
+        f"<figure>{_embedded(pictures.to_bgr8(pictures.read(folder / s.file)), 200)}"
+        f"<figcaption>{html.escape(s.file)}: {s.score:.3f}, {s.verdict.value}</figcaption></figure>"
+        for s in manifest.samples
     )
+    learned = "".join(f"<figure>{_embedded(pictures.read(s))}<figcaption>{html.escape(s.stem)}</figcaption></figure>"
+                      for s in sheets)  # fmt: skip
+    learning = (
+        f"<h2>While it learned</h2><p>Good parts, what the network makes of them, what it draws freely.</p>{learned}"
+        if sheets else ""
+    )  # fmt: skip
+    said = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    rejected = sum(score > promise.threshold for score in manifest.calibration.scores)
+    ordinary, odd = parts
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(manifest.name)}</title>
-<style>{_STYLE}</style><h1>Bundle {html.escape(manifest.name)}</h1><table>{rows}</table>
+<style>{_STYLE}</style><h1>Bundle {html.escape(manifest.name)}</h1><table>{_facts(manifest, surveyed)}</table>
 <h2>The promise</h2><p><b>{html.escape(str(promise))}.</b> Threshold {promise.threshold:.4g}; scores are in units of the
-median good part. It holds for parts like those in the pictures; what the pictures do not show is not covered.</p>
-{_histogram(manifest.calibration.scores, promise.threshold)}
-<h2>The pictures</h2><ul>{notes}</ul>
-<h2>While it learned</h2><p>Each sheet: good parts, what the network makes of them, what it draws freely.</p>
-{"".join(_embedded(sheet, 2) for sheet in sheets)}
-<h2>Limit samples</h2><p>Judged again at every start; a network that scores them otherwise does not go on the line.</p>{shown}
+median good part ({html.escape(manifest.calibration.method)}). Of these {promise.n} good parts {rejected} lie above it. A fitted
+tail alone would put it at {promise.fitted:.4g}, without confidence. Parts between {promise.review:.4g} and the threshold pass,
+but another set of {promise.n} pictures might have failed them: they are worth a look. All of this holds for parts like those
+in the pictures; what the pictures do not show is not covered.</p>
+{_histogram(manifest.calibration.scores, promise)}
+<h2>Detection limit</h2><p>Chips drawn into good parts, a kind of defect the network never saw: share found at this
+threshold, by diameter and contrast (of 255), {limit.parts} each. {html.escape(str(limit)).capitalize()}. Real defects differ:
+this says what cannot be hoped for.</p>{_limit_table(limit)}
+<h2>The pictures</h2><ul>{_remarks(surveyed.remarks)}</ul>
+<h2>What was learned</h2><ul>{said}</ul>{learning}
+<h2>The oddest good parts</h2><p>Are these really good? If not, take them out and train again.</p>{_figures(odd)}
+<h2>The most ordinary good parts</h2>{_figures(ordinary)}
+<h2>Limit samples</h2><p>Judged again at every start; a network that scores them otherwise does not go on the line.</p>{samples}
 <h2>Made with</h2><p><code>{html.escape(manifest.command or "the Python interface")}</code></p></html>
 """

@@ -1,1 +1,51 @@
-"""Networks that can be trained, one file each."""
+"""Networks that can be trained. A family is a class whose instance holds its settings; `fit` gives one graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from edge_inspector.bundles import InputSpec
+from edge_inspector.preprocess import Window
+from edge_inspector.training.data import Pictures
+from edge_inspector.training.run import Run
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a family makes of good parts."""
+
+    graph: nn.Module
+    """(image uint8 [N, H, W, C], valid uint8 [N, H, W]) -> score [N], map [N, h, w], expected uint8 [N, H, W, C].
+
+    Its buffer `unit` is what scores are divided by; it is 1 so far.
+    """
+    scores: NDArray[np.float64]
+    """The score of each picture by a network that was not fitted to it; NaN for pictures that have none."""
+    method: str
+    """How the scores were made, for people: held out, or cross-fitted."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What was measured on the way."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of this fit."""
+
+
+class Family(Protocol):
+    """One way to learn what good parts look like."""
+
+    name: ClassVar[str]
+
+    def input_spec(self, surveyed: Pictures, tile: int | None, overlap: float) -> InputSpec:
+        """What the network takes of such pictures. Raises TrainingError for settings that do not work."""
+        ...
+
+    def fit(self, surveyed: Pictures, spec: InputSpec, window: Window | None, run: Run) -> Fitted:
+        """Learn. Resumes from the checkpoints in the run's folder. Raises TrainingError, PictureError."""
+        ...
+
+
+__all__ = ["Family", "Fitted"]

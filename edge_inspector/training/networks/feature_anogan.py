@@ -1,0 +1,240 @@
+"""feature-anogan: AnoGAN's score, residual to the manifold of normals plus discriminator, on features instead of pixels.
+
+Schlegl et al. (IPMI 2017, eq. 6) score A(x) = (1 - lambda) R(x) + lambda D(x): how far x is from what the generator can
+draw, and how unlike good parts the discriminator finds it. Pixels are a poor place for both: light and position move
+them more than a scratch does. Here x is a place in the feature maps f of a frozen backbone (stride 8), and
+  R is the distance to the manifold of normals, modelled twice: by a Gaussian for each neighbourhood (after Defard et al.,
+    "PaDiM", 2021) and by a bank of prototypes (after Roth et al., "PatchCore", 2022);
+  G(E(f)) is a bottleneck that draws the features a good part would have (after f-AnoGAN's encoder and generator);
+  D judges f together with the residual f - G(E(f)) (after Liu et al., "SimpleNet", 2023), against noise and drawn defects.
+What each term is worth for a product is measured on good parts and drawn defects alone (`weights.py`).
+
+f: float [N, C, h, w], standardised per channel. Input: uint8 [N, H, W, 3] RGB; H and W multiples of 32; h = H / 8.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edge_inspector.training.networks.backbone import CHANNELS, Backbone
+
+STRIDE = 8
+DEPTH = sum(CHANNELS)
+BLOCK = 4
+"""Side of a neighbourhood of the Gaussian, in feature places: 32 px of the input."""
+TERMS = ("gaussian", "bank", "discriminator")
+_WIDTH, _LATENT, _HIDDEN = 64, 32, 256
+_SMOOTHING = 0.9
+"""Sigma of the final blur, in feature places."""
+
+
+def patches(early: Tensor, late: Tensor) -> Tensor:
+    """Backbone outputs of stride 8 and 16 -> [N, DEPTH, h, w]: each place with its neighbours, both scales."""
+    early = functional.avg_pool2d(early, 3, 1, 1, count_include_pad=False)
+    late = functional.avg_pool2d(late, 3, 1, 1, count_include_pad=False)
+    return torch.cat([early, functional.interpolate(late, scale_factor=2.0, mode="bilinear", align_corners=False)], 1)
+
+
+def smoothing_kernel() -> Tensor:
+    """Gaussian blur of maps, [1, 1, k, k]."""
+    reach = int(3 * _SMOOTHING + 0.5)
+    x = torch.arange(-reach, reach + 1, dtype=torch.float32)
+    line = torch.exp(-(x**2) / (2 * _SMOOTHING**2))
+    line /= line.sum()
+    return (line[:, None] * line[None, :])[None, None]
+
+
+class LocalGaussian(nn.Module):
+    """Mahalanobis distance of each place: a mean of its own, and a covariance shared by its BLOCK x BLOCK neighbourhood."""
+
+    def __init__(self, mean: Tensor, whitening: Tensor) -> None:
+        """Mean [DEPTH, h, w]; whitening [h / BLOCK, w / BLOCK, DEPTH, DEPTH], so that |(f - mean) W|^2 is the distance^2."""
+        super().__init__()
+        self.register_buffer("mean", mean[None])
+        self.register_buffer("whitening", whitening.reshape(-1, DEPTH, DEPTH))
+        self.mean: Tensor
+        self.whitening: Tensor
+        self.rows, self.columns = whitening.shape[:2]
+
+    def forward(self, f: Tensor) -> Tensor:
+        """Distances [N, 1, h, w]."""
+        rows, columns = self.rows, self.columns
+        away = (f - self.mean).reshape(-1, DEPTH, rows, BLOCK, columns, BLOCK)
+        away = away.permute(2, 4, 0, 3, 5, 1).reshape(rows * columns, -1, DEPTH)
+        squared = ((away @ self.whitening) ** 2).sum(2)
+        squared = squared.reshape(rows, columns, -1, BLOCK, BLOCK).permute(2, 0, 3, 1, 4)
+        return squared.reshape(-1, 1, rows * BLOCK, columns * BLOCK).clamp(min=1e-6).sqrt()
+
+
+class Bank(nn.Module):
+    """Distance of each place to the nearest of K prototypes, in whitened space; as a 1x1 convolution and a minimum."""
+
+    def __init__(self, whitening: Tensor, prototypes: Tensor) -> None:
+        """Whitening [DEPTH, DEPTH]; prototypes [K, DEPTH] in whitened space."""
+        super().__init__()
+        self.register_buffer("whitening", whitening.T[:, :, None, None].contiguous())
+        self.register_buffer("kernel", (-2 * prototypes)[:, :, None, None].contiguous())
+        self.register_buffer("square", (prototypes**2).sum(1))
+        self.whitening: Tensor
+        self.kernel: Tensor
+        self.square: Tensor
+
+    def forward(self, f: Tensor) -> Tensor:
+        """Distances [N, 1, h, w]."""
+        w = functional.conv2d(f, self.whitening)
+        nearest = functional.conv2d(w, self.kernel, self.square).amin(1, keepdim=True)
+        return (nearest + (w * w).sum(1, keepdim=True)).clamp(min=1e-6).sqrt()
+
+
+def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)
+    )
+
+
+class Generator(nn.Module):
+    """G(E(f)): through a bottleneck at stride 32 and back to stride 16, where features are smooth enough to be drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            _layer(DEPTH, _WIDTH, 1), _layer(_WIDTH, _WIDTH, 3, 2), nn.Conv2d(_WIDTH, _LATENT, 1), nn.Dropout2d(0.2)
+        )
+        self.decoder = nn.Sequential(
+            _layer(_LATENT, _WIDTH, 3), nn.Upsample(scale_factor=2), _layer(_WIDTH, _WIDTH, 3), nn.Conv2d(_WIDTH, DEPTH, 1)
+        )
+
+    def coarse(self, pooled: Tensor) -> Tensor:
+        """Features at stride 16 -> what a good part would have there."""
+        drawn: Tensor = self.decoder(self.encoder(pooled))
+        return drawn
+
+
+class Discriminator(nn.Module):
+    """D of [f, (f - G(E(f))) / spread] at each place: a logit, high where it is unlike good parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("spread", torch.ones(()))
+        self.spread: Tensor
+        self.body = nn.Sequential(
+            nn.Conv2d(2 * DEPTH, _HIDDEN, 1), nn.BatchNorm2d(_HIDDEN), nn.LeakyReLU(0.2), nn.Conv2d(_HIDDEN, 1, 1)
+        )
+
+    @staticmethod
+    def residual(f: Tensor, coarse: Tensor) -> Tensor:
+        """What is left of f without what G draws at stride 16, [N, DEPTH, h, w]."""
+        return f - functional.interpolate(coarse, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+    def seen(self, f: Tensor, coarse: Tensor) -> Tensor:
+        """What D is given, [N, 2 DEPTH, h, w]."""
+        return torch.cat([f, self.residual(f, coarse) / self.spread], 1)
+
+    def forward(self, f: Tensor, coarse: Tensor) -> Tensor:
+        logit: Tensor = self.body(self.seen(f, coarse))
+        return logit
+
+
+class Heads(nn.Module):
+    """Everything that is fitted: features in, one map for each term out."""
+
+    def __init__(
+        self, mean: Tensor, spread: Tensor, gaussian: LocalGaussian, bank: Bank, generator: Generator,
+        discriminator: Discriminator,
+    ) -> None:  # fmt: skip
+        """Mean and spread: [DEPTH] of the raw features."""
+        super().__init__()
+        self.register_buffer("mean", mean[None, :, None, None])
+        self.register_buffer("spread", spread[None, :, None, None])
+        self.mean: Tensor
+        self.spread: Tensor
+        self.gaussian, self.bank, self.generator, self.discriminator = gaussian, bank, generator, discriminator
+
+    def standardised(self, raw: Tensor) -> Tensor:
+        """Features with mean 0 and spread 1 per channel over good parts."""
+        return (raw - self.mean) / self.spread
+
+    def term(self, name: str, f: Tensor, coarse: Tensor) -> Tensor:
+        """One term's map [N, 1, h, w] of standardised features f, with what G draws of them."""
+        if name == "discriminator":
+            logit: Tensor = self.discriminator(f, coarse)
+            return logit
+        distance: Tensor = getattr(self, name)(f)
+        return distance
+
+
+class Exemplars(nn.Module):
+    """The good part most like what G draws: a real picture, sharp where a decoder would blur, without the defect."""
+
+    def __init__(self, keys: Tensor, shown: Tensor) -> None:
+        """Keys [M, K] as `key` gives them; shown uint8 [M, H / 2, W / 2, 3] RGB."""
+        super().__init__()
+        self.register_buffer("keys", (-2 * keys).T.contiguous())
+        self.register_buffer("square", (keys**2).sum(1))
+        self.register_buffer("shown", shown.permute(0, 3, 1, 2).half())
+        self.keys: Tensor
+        self.square: Tensor
+        self.shown: Tensor
+
+    @staticmethod
+    def key(coarse: Tensor) -> Tensor:
+        """Drawn features [N, DEPTH, h / 2, w / 2] -> [N, K]."""
+        return functional.avg_pool2d(coarse, 2).flatten(1)
+
+    def forward(self, coarse: Tensor) -> Tensor:
+        """Pictures uint8 [N, H, W, 3]."""
+        nearest = (self.key(coarse) @ self.keys + self.square).argmin(1)
+        picture = functional.interpolate(self.shown[nearest].float(), scale_factor=2.0, mode="bilinear", align_corners=False)
+        return picture.permute(0, 2, 3, 1).round().clamp(0, 255).to(torch.uint8)
+
+
+class FeatureAnoganGraph(nn.Module):
+    """The one graph that is exported: pixels in, score, map and expected appearance out."""
+
+    def __init__(
+        self, backbone: Backbone, heads: Heads, exemplars: Exemplars, weights: dict[str, tuple[float, float]]
+    ) -> None:
+        """weights: for each term that is used, its mean over good parts and its weight over its spread there."""
+        super().__init__()
+        self.backbone, self.heads, self.exemplars, self.weights = backbone, heads, exemplars, weights
+        self.register_buffer("kernel", smoothing_kernel())
+        self.register_buffer("unit", torch.ones(()))
+        self.kernel: Tensor
+        self.unit: Tensor
+        """What scores are divided by: calibration makes the median good part 1."""
+
+    def forward(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image uint8 [N, H, W, 3] RGB, valid uint8 [N, H, W] (0 = not judged) -> score [N], map [N, h, w], expected."""
+        f = self.heads.standardised(patches(*self.backbone(image.float().permute(0, 3, 1, 2))))
+        coarse = self.heads.generator.coarse(functional.avg_pool2d(f, 2))
+        terms = [(self.heads.term(name, f, coarse) - mean) * weight for name, (mean, weight) in self.weights.items()]
+        score, anomaly = finished(torch.stack(terms).sum(0), valid, self.kernel, self.unit)
+        return score, anomaly, self.exemplars(coarse)
+
+
+def empty_heads(h: int, w: int, prototypes: int) -> Heads:
+    """Heads of that shape, to load a state into."""
+    return Heads(
+        torch.zeros(DEPTH), torch.ones(DEPTH),
+        LocalGaussian(torch.zeros(DEPTH, h, w), torch.zeros(h // BLOCK, w // BLOCK, DEPTH, DEPTH)),
+        Bank(torch.zeros(DEPTH, DEPTH), torch.zeros(prototypes, DEPTH)), Generator(), Discriminator(),
+    )  # fmt: skip
+
+
+def fused(maps: Tensor, weights: dict[str, tuple[float, float]]) -> Tensor:
+    """Maps of all TERMS [N, T, h, w] -> weighted sum [N, 1, h, w], as the graph computes it."""
+    terms = [(maps[:, i : i + 1] - weights[n][0]) * weights[n][1] for i, n in enumerate(TERMS) if n in weights]
+    return torch.stack(terms).sum(0)
+
+
+def finished(fused: Tensor, valid: Tensor, kernel: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sum of terms [N, 1, h, w] -> score [N] and map [N, h, w]: smoothed, only what is judged, in units.
+
+    A place counts as soon as one of its pixels is valid: nothing that should be judged is left out.
+    """
+    judged = functional.max_pool2d(valid.float().unsqueeze(1), STRIDE).clamp(max=1.0)
+    smooth = functional.conv2d(fused, kernel, padding=kernel.shape[-1] // 2)
+    anomaly = (smooth / unit).clamp(min=0.0) * judged
+    return anomaly.amax((1, 2, 3)), anomaly.squeeze(1)

@@ -1,0 +1,387 @@
+"""Fitting feature-anogan: heads for every fold and for all, then what each term is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from edge_inspector import scoring
+from edge_inspector.bundles import InputSpec
+from edge_inspector.errors import TrainingError
+from edge_inspector.preprocess import Window
+from edge_inspector.training.data import Pictures
+from edge_inspector.training.networks import Fitted
+from edge_inspector.training.networks import feature_anogan as networks
+from edge_inspector.training.networks.backbone import Backbone
+from edge_inspector.training.networks.feature_material import WITHHELD, Material, Store, gathered, parts
+from edge_inspector.training.run import Run, key_of
+
+_BATCH = 8
+_RIDGE_GAUSSIAN, _RIDGE_BANK = 0.05, 0.02
+"""Added to covariances of standardised features, so that directions good parts never vary in do not decide alone."""
+_CORESET_ROWS, _SKETCH = 40_000, 64
+_ROWS, _ROW_BATCH, _TILES, _NEAR = 120_000, 1024, 128, 0.05
+_COVERED = 0.3
+"""Share of a place that a drawn defect must cover for D to call it bad."""
+_NOISE = 0.5
+_EXEMPLARS = 24
+
+
+def _rows(f: Tensor) -> Tensor:
+    """[N, C, h, w] -> [N h w, C]."""
+    return f.permute(0, 2, 3, 1).reshape(-1, f.shape[1])
+
+
+def _whitening(covariance: Tensor, ridge: float) -> Tensor:
+    """W with W W^T = (covariance + ridge I)^-1, for one or many covariances."""
+    regular = covariance.double() + ridge * torch.eye(covariance.shape[-1], dtype=torch.float64)
+    factor = torch.linalg.cholesky(regular)
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(factor.shape[-1], dtype=torch.float64), upper=False)
+    whitening: Tensor = inverse.mT.float()
+    return whitening
+
+
+def _centres(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Greedy k-centre choice among rows [n, C], by distances in a random projection (Roth et al. 2022, section 3.2)."""
+    sketch = rows @ (torch.randn(rows.shape[1], _SKETCH, generator=generator) / _SKETCH**0.5)
+    distance = torch.full((len(rows),), torch.inf)
+    chosen = [int(torch.randint(len(rows), (1,), generator=generator))]
+    for _ in range(min(count, len(rows)) - 1):
+        distance = torch.minimum(distance, ((sketch - sketch[chosen[-1]]) ** 2).sum(1))
+        chosen.append(int(distance.argmax()))
+    return torch.tensor(chosen)
+
+
+class _Fitter:
+    """Fits heads to the good tiles outside one fold (to all for fold -1)."""
+
+    def __init__(self, material: Material, settings: FeatureAnogan, run: Run, fold: int) -> None:
+        self.material, self.settings, self.run, self.fold = material, settings, run, fold
+        self.chosen = torch.from_numpy(np.flatnonzero(material.fold != fold))
+        self.judged = functional.max_pool2d(material.valid.float(), networks.STRIDE) > 0
+        self.mean, self.spread = self._moments()
+
+    def heads(self) -> networks.Heads:
+        """Everything, one after the other."""
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=self.run.seeded(self.fold))))
+        drawing = self._generator()
+        fitted = networks.Heads(
+            self.mean, self.spread, self._gaussian(), self._bank(), drawing, self._discriminator(drawing)
+        )
+        return fitted.eval()
+
+    def _scaled(self, raw: Tensor) -> Tensor:
+        return (raw - self.mean[:, None, None]) / self.spread[:, None, None]
+
+    def _standardised(self, store: Store, index: Tensor) -> Tensor:
+        return self._scaled(store.raw(index))
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and spread of each channel over judged places."""
+        total, squares, count = torch.zeros(networks.DEPTH), torch.zeros(networks.DEPTH), 0
+        for part in parts(self.chosen):
+            rows = _rows(self.material.good.raw(part))[self.judged[part].flatten()]
+            total, squares, count = total + rows.sum(0), squares + (rows**2).sum(0), count + len(rows)
+        mean = total / count
+        return mean, (squares / count - mean**2).clamp(min=0).sqrt() + 1e-6
+
+    def _some(self, most: int) -> Tensor:
+        """At most so many of the tiles, at random."""
+        return self.chosen[torch.randperm(len(self.chosen))[:most]]
+
+    def _sampled(self, store: Store, most: float, seen: Callable[[Tensor], Tensor]) -> Tensor:
+        """About `most` rows of seen(features) at judged places, evenly over at most _TILES tiles: [rows, columns]."""
+        tiles = self._some(_TILES)
+        share = most / max(1, int(self.judged[tiles].sum()))
+        out = []
+        for part in parts(tiles):
+            kept = (self.judged[part] & (torch.rand(self.judged[part].shape) < share)).flatten()
+            out.append(seen(self._standardised(store, part))[kept])
+        return torch.cat(out)
+
+    def _gaussian(self) -> networks.LocalGaussian:
+        """Means and block covariances over good and jittered tiles, in one pass."""
+        m, block = self.material, networks.BLOCK
+        h, w = self.judged.shape[1:]
+        rows, columns = h // block, w // block
+
+        def blocks(f: Tensor) -> Tensor:
+            split = f.reshape(-1, networks.DEPTH, rows, block, columns, block)
+            return split.permute(2, 4, 0, 3, 5, 1).reshape(rows * columns, -1, networks.DEPTH)
+
+        total, squares = torch.zeros(networks.DEPTH, h, w), torch.zeros(rows * columns, networks.DEPTH, networks.DEPTH)
+        for store in (m.good, m.jittered):
+            for part in parts(self.chosen):
+                f = self._standardised(store, part)
+                total += f.sum(0)
+                x = blocks(f)
+                squares += x.mT @ x
+        mean = total / (2 * len(self.chosen))
+        centre = blocks(mean[None])
+        covariance = (squares / (2 * len(self.chosen)) - centre.mT @ centre) / block**2
+        whitening = _whitening(covariance, _RIDGE_GAUSSIAN)
+        return networks.LocalGaussian(mean, whitening.reshape(rows, columns, networks.DEPTH, networks.DEPTH))
+
+    def _bank(self) -> networks.Bank:
+        rows = self._sampled(self.material.good, _CORESET_ROWS, _rows)
+        whitening = _whitening(rows.T @ rows / len(rows), _RIDGE_BANK)
+        rows = rows @ whitening
+        return networks.Bank(whitening, rows[_centres(rows, self.settings.prototypes, self.run.seeded(self.fold, 1))])
+
+    def _generator(self) -> networks.Generator:
+        """Half of what it is given carries a drawn defect, and must come out as the part would be without."""
+        m, steps, device = self.material, self.settings.steps, self.run.device
+        network = networks.Generator().to(device).train()
+        optimiser = torch.optim.AdamW(network.parameters(), 1.5e-3, betas=(0.5, 0.999))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1.5e-3, total_steps=steps, pct_start=0.1)
+        for step in range(steps):
+            index = self.chosen[torch.randint(len(self.chosen), (_BATCH,))]
+            clean = self._scaled((m.jittered if step % 2 else m.good).coarse[index].float()).to(device)
+            drawn = network.coarse(self._scaled(m.spoiled.coarse[index].float()).to(device) if step % 2 else clean)
+            away = (1 - functional.cosine_similarity(drawn, clean, dim=1)).mean()
+            loss = away + 0.1 * functional.smooth_l1_loss(drawn, clean)
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+            self._tell("generator", step + 1, steps, {"residual": loss.item()} if step % 20 == 19 else None)
+        return network.eval()
+
+    def _discriminator(self, drawing: networks.Generator) -> networks.Discriminator:
+        """Good places against noisy ones, and against drawn defects (with less weight where they are already told apart)."""
+        m, steps, device = self.material, self.settings.steps, self.run.device
+        network = networks.Discriminator().to(device)
+
+        def seen(f: Tensor) -> Tensor:
+            f = f.to(device)
+            return _rows(network.seen(f, drawing.coarse(functional.avg_pool2d(f, 2)))).cpu()
+
+        with torch.no_grad():
+            some = self._standardised(m.good, self._some(32)).to(device)
+            network.spread.copy_(network.residual(some, drawing.coarse(functional.avg_pool2d(some, 2))).std())
+            good = torch.cat([self._sampled(store, _ROWS / 2, seen) for store in (m.good, m.jittered)])
+            near, bad = [], []
+            for part in parts(self._some(2 * _TILES)):
+                rows, covered = seen(self._standardised(m.spoiled, part)), m.spoiled.defective[part].flatten()
+                inside = self.judged[part].flatten()
+                bad.append(rows[inside & (covered > _COVERED)])
+                near.append(rows[inside & (covered == 0) & (torch.rand(len(rows)) < _NEAR)])
+        classes = ((good, _ROW_BATCH), (torch.cat(near), _ROW_BATCH // 4), (torch.cat(bad), _ROW_BATCH // 4))
+        optimiser = torch.optim.AdamW(network.parameters(), 8e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 8e-4, total_steps=steps, pct_start=0.1)
+        network.train()
+        for step in range(steps):
+            drawn = [rows[torch.randint(len(rows), (n,))].to(device) for rows, n in classes]
+            strength = _NOISE * torch.exp(torch.empty(_ROW_BATCH, 1, device=device).uniform_(-0.7, 0.7))
+            drawn.append(drawn[0] + torch.randn_like(drawn[0]) * strength)
+            fine, beside, spoilt, noisy = (
+                network.body(torch.cat(drawn)[:, :, None, None]).flatten().split([len(rows) for rows in drawn])
+            )
+            loss = _crossed(fine, 0).mean() + _crossed(noisy, 1).mean() + 2 * (_focal(beside, 0) + _focal(spoilt, 1))
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+            self._tell("discriminator", step + 1, steps, {"loss": loss.item()} if step % 20 == 19 else None)
+        return network.eval()
+
+    def _tell(self, stage: str, step: int, steps: int, figures: dict[str, float] | None) -> None:
+        if figures is not None or step == steps:
+            name = f"{stage} {self.fold + 1} of {self.settings.folds}" if self.fold >= 0 else f"{stage} for all"
+            self.run.tell(name, step, steps, figures)
+
+
+def _crossed(logit: Tensor, target: int) -> Tensor:
+    """Binary cross entropy, one value each."""
+    return functional.binary_cross_entropy_with_logits(logit, torch.full_like(logit, target), reduction="none")
+
+
+def _focal(logit: Tensor, target: int) -> Tensor:
+    """Cross entropy that counts what is already told apart less (Lin et al. 2017, eq. 4, gamma 2), mean."""
+    right = torch.sigmoid(logit if target else -logit)
+    return ((1 - right) ** 2 * _crossed(logit, target)).mean()
+
+
+# --- what each term is worth
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """Weights of the terms, and how well drawn defects of withheld families are told from good parts with them."""
+
+    weights: dict[str, tuple[float, float]]
+    """For each term that is used: its mean over good parts, and its weight divided by its spread there."""
+    auroc: float
+    tried: dict[str, float]
+
+
+CANDIDATES: tuple[tuple[float, float, float], ...] = tuple(
+    (gaussian, bank, discriminator)
+    for gaussian in (0.0, 1.0) for bank in (0.0, 1.0) for discriminator in (0.0, 0.5, 1.0, 2.0) if gaussian + bank
+)  # fmt: skip
+"""Weights of TERMS that are tried."""
+_INDIFFERENT = 0.005
+"""AUROC that is not worth another term."""
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """Every term's map of every tile, by heads that were fitted to other folds."""
+
+    good: Tensor
+    """[N, T, h, w]"""
+    withheld: Tensor
+    """[M, T, h, w] of good tiles with drawn defects, WITHHELD of each."""
+    visible: Tensor
+    """Bool [M]: the defect covers enough of a place to be called one."""
+    valid: Tensor
+    """[N, H, W] of good tiles."""
+
+    def normalised(self, candidate: tuple[float, ...]) -> dict[str, tuple[float, float]]:
+        """The graph's weights for weights of TERMS: for each that is used, its mean over good parts, and w / spread."""
+        judged = functional.max_pool2d(self.valid.float(), networks.STRIDE) > 0
+        columns = [self.good[:, i][judged] for i in range(len(networks.TERMS))]
+        return {
+            name: (column.mean().item(), w / column.std().item())
+            for name, column, w in zip(networks.TERMS, columns, candidate, strict=True) if w
+        }  # fmt: skip
+
+    def scores(self, weights: dict[str, tuple[float, float]], *, spoiled: bool) -> NDArray[np.float64]:
+        """Score of each good tile, or of each visibly spoiled one, as the graph computes it."""
+        maps, valid = self.good, self.valid
+        if spoiled:
+            maps, valid = self.withheld[self.visible], self.valid.repeat_interleave(WITHHELD, 0)[self.visible]
+        found = networks.finished(networks.fused(maps, weights), valid, networks.smoothing_kernel(), torch.ones(()))[0]
+        return found.double().numpy()
+
+
+def cross_fit(material: Material, heads: dict[int, networks.Heads]) -> CrossFit:
+    """Maps of every tile by the heads that did not see its fold."""
+    good = torch.empty(len(material.good), len(networks.TERMS), *material.good.early.shape[2:])
+    withheld = torch.empty(WITHHELD * len(good), *good.shape[1:])
+    for fold in set(material.fold.tolist()):
+        held = torch.from_numpy(np.flatnonzero(material.fold == fold))
+        drawn = (WITHHELD * held[:, None] + torch.arange(WITHHELD)).flatten()
+        good[held], withheld[drawn] = _maps(heads[fold], material.good, held), _maps(heads[fold], material.withheld, drawn)
+    visible = material.withheld.defective.flatten(1).amax(1) > _COVERED
+    return CrossFit(good, withheld, visible, material.valid)
+
+
+def weighed(crossed: CrossFit) -> Weighing:
+    """Choose weights by cross-fitted maps alone. Of candidates within noise the one with fewest terms is taken."""
+    found = {}
+    for candidate in CANDIDATES:
+        weights = crossed.normalised(candidate)
+        found[candidate] = scoring.auroc(crossed.scores(weights, spoiled=False), crossed.scores(weights, spoiled=True))
+    best = max(found.values())
+    fair = [c for c in CANDIDATES if found[c] >= best - _INDIFFERENT]
+    chosen = min(fair, key=lambda c: (sum(w > 0 for w in c), -found[c]))
+    named = {" + ".join(f"{w:g} {n}" for w, n in zip(c, networks.TERMS, strict=True) if w): v for c, v in found.items()}
+    return Weighing(crossed.normalised(chosen), found[chosen], named)
+
+
+# --- the family
+
+
+@dataclass(frozen=True)
+class FeatureAnogan:
+    """Settings of the flagship. Defaults were chosen on development sets (ARCHITECTURE.md)."""
+
+    name: ClassVar[str] = "feature-anogan"
+
+    side: int = 384
+    """The network's input has about side x side pixels, in the pictures' own shape."""
+    prototypes: int = 1024
+    steps: int = 400
+    """For the generator, and again for the discriminator."""
+    folds: int = 3
+    most_pictures: int = 1500
+    """Of more pictures so many are taken, evenly; the promise needs no more."""
+
+    def input_spec(self, surveyed: Pictures, tile: int | None, overlap: float) -> InputSpec:
+        """Same shape as the pictures (tiles are square), multiples of 32, about side^2 pixels."""
+        if not 64 <= self.side <= 1024:
+            raise TrainingError(f"size {self.side}: must lie between 64 and 1024 for {self.name}")
+        aspect = surveyed.width_px / surveyed.height_px if tile is None else 1.0
+        height, width = (max(32, 32 * round(self.side * ratio / 32)) for ratio in (aspect**-0.5, aspect**0.5))
+        enlarged = (tile or surveyed.width_px) < width
+        return InputSpec(
+            height=height, width=width, channels=3, order="rgb", interpolation="linear" if enlarged else "area",
+            tile=tile, overlap=overlap,
+        )  # fmt: skip
+
+    def fit(self, surveyed: Pictures, spec: InputSpec, window: Window | None, run: Run) -> Fitted:
+        """Features once; heads for each fold and for all; weights and scores from the folds."""
+        count = len(surveyed.paths)
+        taken = np.unique(np.linspace(0, count - 1, min(count, self.most_pictures)).round().astype(int))
+        material = gathered([surveyed.paths[i] for i in taken], surveyed.folds(self.folds)[taken], spec, window, run)
+        about = {"seed": run.seed, "digest": surveyed.digest, "input": spec.model_dump(), "window": window}
+        key = key_of({**asdict(self), **about})
+        every = self.heads(material, run, key)
+        crossed, heads = cross_fit(material, every), every[-1]
+        weighing = weighed(crossed)
+        graph = networks.FeatureAnoganGraph(Backbone(), heads, _exemplars(heads, material, run), weighing.weights).eval()
+        scores = np.full(count, np.nan)
+        np.fmax.at(scores, taken[material.picture], crossed.scores(weighing.weights, spoiled=False))
+        return Fitted(
+            graph, scores, f"cross-fitted: each part by a network fitted to the other {self.folds - 1} of {self.folds} folds",
+            {"drawn_defects_auroc": weighing.auroc}, self._notes(weighing, count, len(taken)),
+        )  # fmt: skip
+
+    def _notes(self, weighing: Weighing, count: int, taken: int) -> tuple[str, ...]:
+        terms = ", ".join(weighing.weights)
+        notes = [f"terms that earned their place: {terms}; drawn defects told apart with AUROC {weighing.auroc:.3f}"]
+        if "gaussian" not in weighing.weights:
+            notes.append("where a feature lies did not help: the parts lie freely, or look the same everywhere")
+        if taken < count:
+            notes.append(f"{taken} of {count} pictures were used, taken evenly in name order")
+        return tuple(notes)
+
+    def heads(self, material: Material, run: Run, key: str) -> dict[int, networks.Heads]:
+        """Heads without each fold, and for all under -1; fitted by the processes in turn, or read from checkpoints."""
+        folds = (*range(self.folds), -1)
+        name = {fold: f"heads-{fold}" if fold >= 0 else "heads-all" for fold in folds}
+        states = run.shared({fold: run.load(name[fold], key) for fold in folds} if run.first else None, 0)
+        missing = [fold for fold in folds if states[fold] is None]
+        for fold in missing[run.rank :: run.world]:
+            states[fold] = {"heads": _Fitter(material, self, run, fold).heads().cpu().state_dict()}
+            run.save(name[fold], key, states[fold])
+            run.stop_if_asked()
+        for turn, fold in enumerate(missing):
+            states[fold] = run.shared(states[fold], turn % run.world)
+        h, w = material.good.early.shape[2:]
+        found = {}
+        for fold, state in states.items():
+            found[fold] = networks.empty_heads(h, w, len(state["heads"]["bank.square"]))
+            found[fold].load_state_dict(state["heads"])
+            found[fold].eval().requires_grad_(False)
+        return found
+
+
+@torch.no_grad()
+def _exemplars(heads: networks.Heads, material: Material, run: Run) -> networks.Exemplars:
+    """Good tiles that are most unlike each other."""
+    keys = []
+    for part in parts(torch.arange(len(material.good))):
+        f = heads.standardised(material.good.raw(part))
+        keys.append(networks.Exemplars.key(heads.generator.coarse(functional.avg_pool2d(f, 2))))
+    chosen = _centres(torch.cat(keys), _EXEMPLARS, run.seeded(-2))
+    return networks.Exemplars(torch.cat(keys)[chosen], material.shown[chosen])
+
+
+@torch.no_grad()
+def _maps(heads: networks.Heads, store: Store, tiles: Tensor) -> Tensor:
+    """Every term's map of tiles: [n, T, h, w]."""
+    out = []
+    for part in parts(tiles):
+        f = heads.standardised(store.raw(part))
+        coarse = heads.generator.coarse(functional.avg_pool2d(f, 2))
+        out.append(torch.cat([heads.term(name, f, coarse) for name in networks.TERMS], 1))
+    return torch.cat(out)

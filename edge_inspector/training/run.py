@@ -1,0 +1,164 @@
+"""One training: its processes, device, work folder, checkpoints, progress and time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+
+from edge_inspector import pictures
+from edge_inspector.errors import TrainingError
+
+_SUFFIX = ".pt"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands; `figures` are the losses of this step."""
+
+    stage: str
+    step: int
+    steps: int
+    figures: dict[str, float]
+
+
+def _quiet(_: Progress) -> None:
+    pass
+
+
+class Run:
+    """What every family of networks needs to be fitted. Under torchrun each process has its own.
+
+    Only the first process writes files and tells progress.
+    """
+
+    def __init__(
+        self, folder: Path, *, device: str = "cpu", seed: int = 1,
+        on_progress: Callable[[Progress], None] = _quiet, stopping: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        """`folder` takes checkpoints and sheets. Raises TrainingError without the device."""
+        kind, _, index = device.partition(":")
+        if kind not in ("cpu", "cuda"):
+            raise TrainingError(f"device {device!r}: must be cpu, cuda or cuda:N")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise TrainingError("no CUDA device here", hint="train with --device cpu, or check nvidia-smi and torch's build")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.fabric = Fabric(
+            accelerator=kind, devices=[int(index)] if index and world == 1 else local, num_nodes=world // local,
+            strategy="ddp" if world > 1 else "auto",
+        )  # fmt: skip
+        self.fabric.launch()
+        self.folder, self.seed, self.on_progress, self.stopping = folder, seed, on_progress, stopping
+        self.rank, self.world, self.device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
+    def seeded(self, *parts: int) -> torch.Generator:
+        """A generator that depends on the seed and `parts` alone, never on what ran before: resuming changes nothing."""
+        digest = hashlib.sha256(json.dumps([self.seed, *parts]).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+    def rng(self, *parts: int) -> np.random.Generator:
+        """The same for numpy."""
+        return np.random.default_rng((self.seed, *parts))
+
+    def stop_if_asked(self) -> None:
+        """Call where a checkpoint was just written. Raises KeyboardInterrupt where a person wants to stop."""
+        if self.stopping():
+            raise KeyboardInterrupt
+
+    # --- what people see
+
+    def tell(self, stage: str, step: int, steps: int, figures: dict[str, float] | None = None) -> None:
+        """Report progress. Raises TrainingError where a figure is not finite: training diverged."""
+        figures = figures or {}
+        if not all(np.isfinite(list(figures.values()))):
+            raise TrainingError(
+                f"{stage} diverged at step {step}: {figures}", hint="start again with another --seed or fewer steps"
+            )
+        if self.first:
+            self.on_progress(Progress(stage, step, steps, figures))
+
+    def sheet(self, name: str, picture: NDArray[np.uint8]) -> None:
+        """Write a picture that shows what was learned so far: sheet-NAME.png."""
+        if self.first:
+            pictures.write(self.folder / f"sheet-{name}.png", picture)
+
+    # --- several processes
+
+    def average(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Mean of the gradients over all processes; every process drew pictures of its own."""
+        if self.world == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        flat = cast("torch.Tensor", self.fabric.all_reduce(flat, reduce_op="mean"))
+        start = 0
+        for g in gradients:
+            g.copy_(flat[start : start + g.numel()].view_as(g))
+            start += g.numel()
+
+    def shared(self, value: Any, owner: int) -> Any:
+        """The value that process `owner` has, in every process."""
+        return self.fabric.broadcast(value, src=owner) if self.world > 1 else value
+
+    # --- checkpoints
+
+    def save(self, name: str, key: str, state: dict[str, Any]) -> None:
+        """Write a checkpoint, whole or not at all. `key` names the settings and pictures it belongs to."""
+        if not self.first:
+            return
+        path = self.folder / f"{name}{_SUFFIX}"
+        part = self.folder / f".{name}{_SUFFIX}.part"
+        try:
+            torch.save({"key": key, **state}, part)
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            part.unlink(missing_ok=True)
+            raise TrainingError(
+                f"{self.folder}: the checkpoint cannot be written: {error}",
+                hint="free some space and run the same command again: it resumes from the last checkpoint",
+            ) from error
+
+    def load(self, name: str, key: str) -> dict[str, Any] | None:
+        """The checkpoint, or None. Raises TrainingError for a damaged one, or one of other settings or pictures."""
+        path = self.folder / f"{name}{_SUFFIX}"
+        if not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:
+            raise TrainingError(f"{path}: damaged checkpoint: {error}", hint="delete it, or train with --restart") from error
+        if state["key"] != key:
+            raise TrainingError(
+                f"{path}: made with other settings or pictures",
+                hint="give the settings it was started with, another --out, or --restart",
+            )
+        return state
+
+    def forget(self) -> None:
+        """Remove the checkpoints: the bundle is made."""
+        if self.first:
+            for path in self.folder.glob(f"*{_SUFFIX}"):
+                path.unlink()
+
+
+def key_of(settings: dict[str, Any], *arrays: NDArray[Any]) -> str:
+    """What a checkpoint belongs to: settings and data."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
