@@ -2,6 +2,7 @@
 
 manifest.json   what it is, and size and sha256 of every other file
 network.onnx    the one graph: pixels in, score, map and expected appearance out
+generator.onnx  where the family has one: latents in, pictures of good parts out; never run on the line
 sample-*.png    limit samples with their expected scores and verdicts: the self-test
 report.html     how it was trained and calibrated
 signature       Ed25519 over the bytes of manifest.json
@@ -32,6 +33,7 @@ from edge_inspector.results import Moment, Verdict
 from edge_inspector.schema import Field, Model, TolerantModel, read_json, validate
 
 MANIFEST, NETWORK, SIGNATURE, REPORT = "manifest.json", "network.onnx", "signature", "report.html"
+GENERATOR = "generator.onnx"
 MAX_FILE_BYTES = 512 * 1024 * 1024
 MAX_FILES = 64
 NAME_PATTERN = r"^[a-z0-9]+(-[a-z0-9]+)*$"

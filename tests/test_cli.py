@@ -96,7 +96,8 @@ def test_evaluate_gives_rates_with_intervals(tmp_path: Path) -> None:
         (tmp_path / kind / name).write_bytes((ENGINES / "paper" / name).read_bytes())
     done = run("evaluate", PAPER, str(tmp_path), "--trust", TRUST, "--json")
     found = json.loads(done.stdout)
-    assert found["auroc"] == 1.0
+    assert found["image"]["auroc"] == 1.0
+    assert found["trivial_auroc"].keys() == {"brightness", "contrast", "sharpness", "mean picture"}
     assert found["escape"]["k"] == 0
     assert found["escape"]["interval95"][1] == pytest.approx(0.975)
     assert "95 % interval" in run("evaluate", PAPER, str(tmp_path), "--trust", TRUST).stdout
@@ -130,7 +131,10 @@ def test_train_says_what_is_wrong_before_it_starts(tmp_path: Path) -> None:
         (tmp_path / "few" / f"{n}.png").write_bytes((RECORDING / f"paper-00{n + 1}.png").read_bytes())
     assert "at least 20 are needed" in run("train", "few", "--product", "x", cwd=tmp_path).stderr
     assert "small letters" in run("train", "few", "--product", "Bad Name", cwd=tmp_path).stderr
-    assert "must be one of" in run("train", "few", "--product", "x", "--size", "50", cwd=tmp_path).stderr
+    few = ("train", "few", "--product", "x")
+    assert "between 64 and 1024" in run(*few, "--size", "50", cwd=tmp_path).stderr
+    assert "must be one of" in run(*few, "--family", "fanogan", "--size", "50", cwd=tmp_path).stderr
+    assert "--width: feature-anogan has no such setting" in run(*few, "--width", "8", cwd=tmp_path).stderr
     done = run("train", str(RECORDING), "--product", "x", "--size", "32", "--width", "4", "--gan-steps", "2",
                "--encoder-steps", "40", "--json", "--tile", "64", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr

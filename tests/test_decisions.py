@@ -92,7 +92,7 @@ def test_too_few_pictures_promise_nothing_and_say_how_many_are_missing() -> None
     assert (made.threshold, made.kept, made.needed) == (made.fitted, False, 59)
     assert made.threshold > 3.0  # the fitted tail's goal; nothing is promised
     assert made.supported == pytest.approx(1 - 0.05 ** (1 / 3))
-    assert "56 more are needed" in str(made)
+    assert "56 more good pictures would support it; 3 support 0.63" in str(made)
     assert scoring.promise(list(range(1, 60)), 0.05, 0.95).kept
 
 

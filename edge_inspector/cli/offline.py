@@ -1,8 +1,9 @@
-"""Verbs for bundles: train, evaluate, inspect, bench, keygen, sign."""
+"""Verbs for bundles: train, evaluate, generate, inspect, bench, keygen, sign."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import signal
 import sys
@@ -109,10 +110,12 @@ def train(
     intensity_window: Annotated[tuple[int, int] | None, typer.Option(help="for 10 to 16 bit: black and white level")] = None,
     alpha: Annotated[float, typer.Option(min=0.0001, max=0.5, help="share of good parts that may be rejected")] = 0.05,
     seed: Annotated[int, typer.Option()] = 1,
-    steps: Annotated[int | None, typer.Option(min=10, help="feature-anogan: steps of G and of D [400]")] = None,
+    steps: Annotated[int | None, typer.Option(min=20, help="feature-anogan: steps of G and of D [400]")] = None,
     width: Annotated[int | None, typer.Option(min=4, max=64, help="fanogan: width of the network [64, the paper's]")] = None,
     gan_steps: Annotated[int | None, typer.Option(min=1, help="fanogan [800]")] = None,
     encoder_steps: Annotated[int | None, typer.Option(min=1, help="fanogan [2400]")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="what fitting may take; more steps, or fewer")] = None,
+    latency_ms: Annotated[float | None, typer.Option(min=0.1, help="what judging a picture may take on this machine")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     restart: Annotated[bool, typer.Option("--restart", help="forget an interrupted run")] = False,
     as_json: JsonOption = False,
@@ -120,6 +123,8 @@ def train(
     """Train a bundle on pictures of good parts; audit them, calibrate, check and sign. Interrupted, it resumes."""
     from edge_inspector import bundles  # noqa: PLC0415 - verbs load what they need
 
+    if os.environ.get("RANK", "0") != "0":
+        out.quiet = err.quiet = True  # under torchrun the first process speaks
     signing = bundles.read_private_key(key)
     try:
         from edge_inspector.training.orders import Order  # noqa: PLC0415
@@ -130,11 +135,11 @@ def train(
     order = Order(
         folder=folder, out=out_folder / (name or product), product=product, name=name or product, key=signing,
         release=release, family=_family(family, given), seed=seed, tile=tile, overlap=overlap,
-        intensity_window=intensity_window, alpha=alpha, device=device, restart=restart,
-        command=f"edge-inspector {shlex.join(sys.argv[1:])}",
+        intensity_window=intensity_window, alpha=alpha, device=device, restart=restart, minutes=minutes,
+        latency_ms=latency_ms,         command=f"edge-inspector {shlex.join(sys.argv[1:])}",
     )  # fmt: skip
     trained = _trained(order, run)
-    if as_json:
+    if as_json and not out.quiet:
         print_json({
             "bundle": str(trained.folder), "threshold": trained.promise.threshold, "kept": trained.promise.kept,
             "n": trained.promise.n, "alpha": alpha, "supported_alpha": trained.promise.supported, "parity": trained.parity,
@@ -289,6 +294,35 @@ def bench(
         table.add_row(stage, *(f"{value:.2f}" for value in figure.values()))
     out.print(f"{manifest.name}, {len(plan.tiles)} tile(s), {threads} thread(s), {rounds} rounds, ONNX Runtime on the CPU")
     out.print(table)
+
+
+def generate(
+    bundle: BundleArgument,
+    out_folder: Annotated[Path, typer.Option("--out", help="folder for the pictures")],
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="pictures of each kind")] = 16,
+    folder: Annotated[Path | None, typer.Option("--into", help="good pictures to draw defects into [the samples]")] = None,
+    seed: int = 1,
+    trust: TrustOption = _TRUST,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw new good parts and latent walks (fanogan), and defects with masks into good pictures."""
+    from edge_inspector import pictures  # noqa: PLC0415
+    from edge_inspector.bundles import open_bundle  # noqa: PLC0415
+    from edge_inspector.training.generation import generate as run  # noqa: PLC0415
+
+    opened = open_bundle(bundle, trust)
+    sources = pictures.listed(folder) if folder else []
+    with _bar() as bar:
+        task = bar.add_task("drawing", total=None, figures="")
+        made = run(opened, out_folder, count, seed, sources, lambda: bar.advance(task))
+    if as_json:
+        print_json({"good": made.good, "defects": made.defects, "folder": str(out_folder)})
+        return
+    if made.good:
+        out.print(f"{made.good} good parts in {out_folder / 'test' / 'good'}; see drawn.png and walks.png beside it")
+    else:
+        out.print(f"{opened.manifest.name} draws no good parts: its family, {opened.manifest.network.split(':')[0]}, draws features")
+    out.print(f"{made.defects} defects with masks in {out_folder / 'test'} and {out_folder / 'ground_truth'}")
 
 
 def keygen(

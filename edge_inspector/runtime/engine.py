@@ -52,9 +52,7 @@ class Engine(Protocol):
         ...
 
 
-def judged_tiles(
-    engine: Engine, plan: preprocess.Plan, image: Pixels
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def judged_tiles(engine: Engine, plan: preprocess.Plan, image: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Scores [tiles] and anomaly maps [tiles, h, w] of a picture of any number of tiles, in batches of the engine's size."""
     images, valid = plan.buffers()
     plan.fill(image, images, valid)

@@ -19,8 +19,9 @@ from edge_inspector import pictures
 from edge_inspector.frames import Pixels
 
 THUMBNAIL_PX = 24
-_HASH_BITS = 256
-_NEAR_BITS = 8
+_NEAR = 0.1
+"""Pictures nearer than this share of how much pictures differ are near copies."""
+_BLOCK = 256
 _SHOWN = 8
 
 
@@ -38,8 +39,6 @@ class Facts:
     """Mean, 0 to 1."""
     sharpness: float
     """Variance of the Laplacian over that of the picture."""
-    hash: NDArray[np.bool_]
-    """Difference hash, 256 bits."""
     thumbnail: NDArray[np.float32]
     """[THUMBNAIL_PX, THUMBNAIL_PX, 3], 0 to 1."""
     taken_at: float
@@ -69,13 +68,11 @@ def facts(path: Path, image: Pixels, sha256: bytes) -> Facts:
     height, width = image.shape[:2]
     scaled = image.astype(np.float32) / np.iinfo(image.dtype).max
     grey = cv2.cvtColor(scaled, cv2.COLOR_BGR2GRAY) if image.ndim == 3 else scaled
-    small = cv2.resize(grey, (17, 16), interpolation=cv2.INTER_AREA)
     thumbnail = cv2.resize(scaled, (THUMBNAIL_PX, THUMBNAIL_PX), interpolation=cv2.INTER_AREA).astype(np.float32)
     return Facts(
         path=path, height_px=height, width_px=width, channels=1 if image.ndim == 2 else 3,
         depth_bits=image.dtype.itemsize * 8, sha256=sha256, brightness=float(grey.mean()),
         sharpness=float(cv2.Laplacian(grey, cv2.CV_32F).var() / (grey.var() + 1e-6)),
-        hash=(small[:, 1:] > small[:, :-1]).ravel(),
         thumbnail=thumbnail if thumbnail.ndim == 3 else np.repeat(thumbnail[..., None], 3, 2),
         taken_at=path.stat().st_mtime,
     )  # fmt: skip
@@ -83,8 +80,25 @@ def facts(path: Path, image: Pixels, sha256: bytes) -> Facts:
 
 def remarks(found: Sequence[Facts]) -> tuple[Remark, ...]:
     """Everything odd about the pictures, in name order; nothing for a sound folder."""
-    checks = (_sizes, _copies, _near_copies, _sessions, _groups, _strangers, _blurred, _lighting)
-    return tuple(remark for check in checks for remark in check(found))
+    thumbnails = np.stack([f.thumbnail.ravel() for f in found])
+    earlier, second = _neighbours(thumbnails)
+    return (
+        *_sizes(found), *_copies(found), *_near_copies(found, thumbnails, earlier), *_sessions(found),
+        *_groups(found, thumbnails), *_strangers(found, second), *_blurred(found), *_lighting(found),
+    )  # fmt: skip
+
+
+def _neighbours(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Distance of each row to the nearest earlier one (infinite for the first), and to the second nearest other one."""
+    squares = (x**2).sum(1)
+    earlier, second = np.full(len(x), np.inf, np.float32), np.empty(len(x), np.float32)
+    for start in range(0, len(x), _BLOCK):
+        rows = np.arange(start, min(start + _BLOCK, len(x)))
+        distance = np.sqrt(np.maximum(squares[rows, None] + squares[None] - 2 * x[rows] @ x.T, 0))
+        distance[rows - start, rows] = np.inf
+        second[rows] = np.partition(distance, 1, axis=1)[:, 1]
+        earlier[rows] = np.where(np.arange(len(x))[None] < rows[:, None], distance, np.inf).min(1)
+    return earlier, second
 
 
 def _sizes(found: Sequence[Facts]) -> list[Remark]:
@@ -109,17 +123,12 @@ def _copies(found: Sequence[Facts]) -> list[Remark]:
     return [Remark("warning", text, tuple(again))] if again else []
 
 
-def _near_copies(found: Sequence[Facts]) -> list[Remark]:
-    """Pictures within 8 of 256 bits of an earlier one whose thumbnail hardly differs either."""
-    hashes = np.stack([f.hash for f in found])
-    thumbnails = np.stack([f.thumbnail.ravel() for f in found])
-    spread = float(np.median(np.abs(thumbnails - np.median(thumbnails, 0)).mean(1)))
-    near = []
-    for i in range(1, len(found)):
-        close = np.flatnonzero((hashes[:i] != hashes[i]).sum(1) <= _NEAR_BITS)
-        differ = np.abs(thumbnails[close] - thumbnails[i]).mean(1)
-        if len(close) and differ.min() < 0.25 * spread:
-            near.append(found[i].path)
+def _near_copies(
+    found: Sequence[Facts], thumbnails: NDArray[np.float32], earlier: NDArray[np.float32]
+) -> list[Remark]:
+    """Pictures that hardly differ from an earlier one, where a tenth of them or more do."""
+    spread = float(np.median(np.linalg.norm(thumbnails - np.median(thumbnails, 0), axis=1)))
+    near = [f.path for f, distance in zip(found, earlier, strict=True) if distance < _NEAR * spread]
     if len(near) < max(3, 0.1 * len(found)):
         return []
     text = (
@@ -139,11 +148,10 @@ def _sessions(found: Sequence[Facts]) -> list[Remark]:
     return [Remark("note", text)]
 
 
-def _groups(found: Sequence[Facts]) -> list[Remark]:
+def _groups(found: Sequence[Facts], thumbnails: NDArray[np.float32]) -> list[Remark]:
     """Two clearly separate groups of thumbnails: two products, cameras or lightings in one folder."""
-    x = np.stack([f.thumbnail.ravel() for f in found]).astype(np.float64)
-    x -= x.mean(0)
-    along = x @ np.linalg.svd(x, full_matrices=False)[2][0]
+    x = (thumbnails - thumbnails.mean(0)).astype(np.float64)
+    along = x @ np.linalg.eigh(x.T @ x)[1][:, -1]
     ordered = np.sort(along)
     best, cut = 0.0, 0.0
     for i in range(max(2, len(x) // 20), len(x) - max(2, len(x) // 20) + 1):
@@ -163,19 +171,13 @@ def _groups(found: Sequence[Facts]) -> list[Remark]:
     return [Remark("warning", text, tuple(f.path for f, odd in zip(found, smaller, strict=True) if odd))]
 
 
-def _strangers(found: Sequence[Facts]) -> list[Remark]:
-    """Pictures far from every other one."""
-    x = np.stack([f.thumbnail.ravel() for f in found])
-    nearest = np.empty(len(x))
-    for i, row in enumerate(x):
-        distance = ((x - row) ** 2).sum(1)
-        distance[i] = np.inf
-        nearest[i] = np.sqrt(np.partition(distance, 1)[:2]).mean()  # a pair of strangers must not hide each other
-    level = np.median(nearest)
-    limit = level + 8 * 1.4826 * np.median(np.abs(nearest - level)) + 0.5 * level
-    order = [i for i in np.argsort(-nearest) if nearest[i] > limit]
+def _strangers(found: Sequence[Facts], second: NDArray[np.float32]) -> list[Remark]:
+    """Pictures far from every other one; the second nearest counts, so that a pair of strangers is seen too."""
+    level = np.median(second)
+    limit = 1.5 * level + 8 * 1.4826 * np.median(np.abs(second - level))
+    odd = [i for i in np.argsort(-second).tolist() if second[i] > limit]
     text = "are these really good? They look unlike every other picture"
-    return [Remark("warning", text, tuple(found[i].path for i in order))] if order else []
+    return [Remark("warning", text, tuple(found[i].path for i in odd))] if odd else []
 
 
 def _blurred(found: Sequence[Facts]) -> list[Remark]:

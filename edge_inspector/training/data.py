@@ -18,9 +18,10 @@ from edge_inspector.roi import Roi
 from edge_inspector.training import audit
 
 MIN_PICTURES = 20
-BLOCKS = 20
+BLOCKS = 60
 """The name order is cut into this many runs, and whole runs are held out together. Neighbours in name order tend to come
-from the same sheet, shift or minute: held out one by one they would flatter the threshold."""
+from the same sheet, shift or minute: held out one by one they would flatter the threshold. Longer runs would hold out a
+whole variant of the product where the names sort by variant, and the others cannot stand in for it."""
 
 
 @dataclass(frozen=True)

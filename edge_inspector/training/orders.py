@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,10 @@ class Order:
     confidence: float = 0.95
     device: str = "cpu"
     restart: bool = False
+    minutes: float | None = None
+    """What the fit may take; it takes as many steps as it can."""
+    latency_ms: float | None = None
+    """What judging a picture may take on this machine; the input is made as small as that needs."""
     command: str = ""
 
 
@@ -85,7 +89,8 @@ def train(
     if order.restart:
         shutil.rmtree(work, ignore_errors=True)
     _make(work)
-    run = Run(work, device=order.device, seed=order.seed, on_progress=on_progress, stopping=stopping)
+    run = Run(work, device=order.device, seed=order.seed, on_progress=on_progress, stopping=stopping,
+              minutes=order.minutes)  # fmt: skip
     surveyed = data.survey(order.folder, lambda done, count: run.tell("reading", done, count))
     if surveyed.depth_bits != 8 and order.intensity_window is None:
         raise TrainingError(
@@ -94,9 +99,13 @@ def train(
         )
     if run.first:
         on_audit(surveyed)
-    spec = order.family.input_spec(surveyed, order.tile, order.overlap)
+    family = order.family
+    if order.latency_ms is not None:
+        family = family.within_ms(surveyed, order.tile, order.overlap, order.latency_ms)
+        order = replace(order, family=family)
+    spec = family.input_spec(surveyed, order.tile, order.overlap)
     try:
-        fitted = order.family.fit(surveyed, spec, order.intensity_window, run)
+        fitted = family.fit(surveyed, spec, order.intensity_window, run)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"{order.device}: out of memory: {str(error).splitlines()[0]}",
@@ -130,6 +139,9 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
     some = surveyed.paths[:: max(1, len(surveyed.paths) // _PARITY_PICTURES)][:_PARITY_PICTURES]
     tiles = data.load_tiles(some, spec, order.intensity_window).images[:_PARITY_PICTURES]
     export.export(graph, part / bundles.NETWORK, tiles[:1])
+    if fitted.generator is not None:
+        drawing, latent = fitted.generator
+        export.write(drawing, (torch.zeros(1, latent),), part / bundles.GENERATOR, ["latent"], ["picture"])
     parity = export.parity(graph, part / bundles.NETWORK, tiles)
     cost = export.cost(graph, part / bundles.NETWORK, tiles[:1])
     manifest = _draft(order, surveyed, spec).model_copy(

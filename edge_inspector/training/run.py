@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,12 @@ class Run:
     def __init__(
         self, folder: Path, *, device: str = "cpu", seed: int = 1,
         on_progress: Callable[[Progress], None] = _quiet, stopping: Callable[[], bool] = lambda: False,
+        minutes: float | None = None,
     ) -> None:  # fmt: skip
-        """`folder` takes checkpoints and sheets. Raises TrainingError without the device."""
+        """`folder` takes checkpoints and sheets. `minutes` is what training may take from here on.
+
+        Raises TrainingError without the device.
+        """
         kind, _, index = device.partition(":")
         if kind not in ("cpu", "cuda"):
             raise TrainingError(f"device {device!r}: must be cpu, cuda or cuda:N")
@@ -59,6 +64,7 @@ class Run:
         )  # fmt: skip
         self.fabric.launch()
         self.folder, self.seed, self.on_progress, self.stopping = folder, seed, on_progress, stopping
+        self.deadline_s = time.monotonic() + 60 * minutes if minutes else None
         self.rank, self.world, self.device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
 
     @property
@@ -79,6 +85,10 @@ class Run:
         """Call where a checkpoint was just written. Raises KeyboardInterrupt where a person wants to stop."""
         if self.stopping():
             raise KeyboardInterrupt
+
+    def left_s(self) -> float | None:
+        """Seconds that are left of the minutes given; None without limit."""
+        return None if self.deadline_s is None else max(0.0, self.deadline_s - time.monotonic())
 
     # --- what people see
 

@@ -7,6 +7,7 @@ choices and detection limits are measured with, so that nobody is examined on th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -116,7 +117,7 @@ def _blurred(rng: Rng, picture: Picture, _: Picture) -> Filled:
 
 def _toned(rng: Rng, picture: Picture, _: Picture) -> Filled:
     """The part itself, darker or brighter."""
-    return picture.astype(np.float32) + rng.choice((-1, 1)) * rng.uniform(15, 90)
+    return picture.astype(np.float32) + rng.choice((-1, 1)) * rng.uniform(30, 120)
 
 
 def _smeared(rng: Rng, picture: Picture, _: Picture) -> Filled:
@@ -127,7 +128,8 @@ def _smeared(rng: Rng, picture: Picture, _: Picture) -> Filled:
 
 
 def _with_channels(picture: NDArray[Any]) -> NDArray[Any]:
-    return picture.reshape(*picture.shape[:2], -1)
+    with_channels: NDArray[Any] = picture.reshape(*picture.shape[:2], -1)
+    return with_channels
 
 
 def _is_grey(picture: Picture) -> bool:
@@ -136,10 +138,24 @@ def _is_grey(picture: Picture) -> bool:
 
 Shape = Callable[[Rng, int, int], Mask]
 Filling = Callable[[Rng, Picture, Picture], Filled]
-Family = tuple[dict[Shape, float], dict[Filling, float]]
-"""Shapes and fillings with their shares."""
-LEARNED: Family = ({_blobs: 0.6, _scratch: 0.2, _spots: 0.2}, {_elsewhere: 0.5, _texture: 0.35, _blurred: 0.15})
-WITHHELD: Family = ({_chip: 0.5, _hair: 0.5}, {_toned: 0.6, _smeared: 0.4})
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of defects."""
+
+    shapes: dict[Shape, float]
+    """With their shares."""
+    fillings: dict[Filling, float]
+    opacity: tuple[float, float]
+    """Least and most."""
+
+
+LEARNED = Family(
+    {_blobs: 0.6, _scratch: 0.2, _spots: 0.2}, {_elsewhere: 0.5, _texture: 0.35, _blurred: 0.15}, opacity=(0.25, 1.0)
+)
+WITHHELD = Family({_chip: 0.5, _hair: 0.5}, {_toned: 0.6, _smeared: 0.4}, opacity=(0.7, 1.0))
+"""Defects a person would see: among defects that nobody sees, noise would decide what the terms are worth."""
 
 
 def spoiled(rng: Rng, picture: Picture, other: Picture, family: Family) -> tuple[Picture, Mask]:
@@ -148,15 +164,24 @@ def spoiled(rng: Rng, picture: Picture, other: Picture, family: Family) -> tuple
     `other`: another good part of the same size, to cut from.
     """
     height, width = picture.shape[:2]
-    shapes, fillings = family
-    shape = list(shapes)[rng.choice(len(shapes), p=list(shapes.values()))]
-    filling = list(fillings)[rng.choice(len(fillings), p=list(fillings.values()))]
+    shape = list(family.shapes)[rng.choice(len(family.shapes), p=list(family.shapes.values()))]
+    filling = list(family.fillings)[rng.choice(len(family.fillings), p=list(family.fillings.values()))]
     mask = shape(rng, height, width)
-    alpha = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), rng.uniform(0.5, 1.5))[..., None] * rng.uniform(0.25, 1.0)
+    alpha = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), rng.uniform(0.5, 1.5))[..., None]
+    alpha = alpha * rng.uniform(*family.opacity)
     mixed = picture * (1 - alpha) + filling(rng, picture, other).clip(0, 255) * alpha
     out = mixed.clip(0, 255).astype(np.uint8)
     changed = np.abs(out.astype(np.int16) - picture).max(2) > _VISIBLE
     return out, (mask.astype(bool) & changed).astype(np.uint8)
+
+
+def visibly_spoiled(rng: Rng, picture: Picture, other: Picture, family: Family, tries: int = 20) -> tuple[Picture, Mask]:
+    """As `spoiled`, again and again until a defect can be seen; the last try where none can."""
+    for _ in range(tries):
+        made, mask = spoiled(rng, picture, other, family)
+        if mask.any():
+            break
+    return made, mask
 
 
 def chipped(rng: Rng, picture: NDArray[Any], diameter_px: float, levels: float) -> NDArray[Any]:

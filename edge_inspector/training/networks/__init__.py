@@ -32,6 +32,8 @@ class Fitted:
     """What was measured on the way."""
     notes: tuple[str, ...] = ()
     """What a person should know of this fit."""
+    generator: tuple[nn.Module, int] | None = None
+    """Where the family draws pictures: latents [N, n] -> uint8 [N, H, W, C] in frame order, and n."""
 
 
 class Family(Protocol):
@@ -41,6 +43,10 @@ class Family(Protocol):
 
     def input_spec(self, surveyed: Pictures, tile: int | None, overlap: float) -> InputSpec:
         """What the network takes of such pictures. Raises TrainingError for settings that do not work."""
+        ...
+
+    def within_ms(self, surveyed: Pictures, tile: int | None, overlap: float, latency_ms: float) -> Family:
+        """These settings, made light enough to judge a picture within that time here. Raises TrainingError."""
         ...
 
     def fit(self, surveyed: Pictures, spec: InputSpec, window: Window | None, run: Run) -> Fitted:

@@ -86,6 +86,22 @@ class Generator(nn.Module):
         return picture
 
 
+def as_pixels(picture: Tensor) -> Tensor:
+    """[N, C, S, S] in [-1, 1] -> uint8 [N, S, S, C]."""
+    return ((picture.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class Drawing(nn.Module):
+    """G as it is exported: latents [N, LATENT] -> pictures uint8 [N, size, size, channels]."""
+
+    def __init__(self, g: Generator) -> None:
+        super().__init__()
+        self.g = g
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return as_pixels(self.g(latent))
+
+
 class Shrinker(nn.Module):
     """Picture -> `outputs` numbers and, before the last layer, features [N, F, 4, 4].
 
@@ -200,5 +216,5 @@ class FanoganGraph(nn.Module):
         again = self.g(self.e(x))
         picture, deep = self._terms(x, judged, again)
         anomaly = (picture / self.picture_unit + KAPPA * deep / self.feature_unit) * judged / self.unit
-        expected = ((again.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        expected = as_pixels(again)
         return anomaly.amax((1, 2, 3)), anomaly.squeeze(1), expected

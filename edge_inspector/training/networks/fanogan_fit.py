@@ -5,8 +5,9 @@ Schlegl et al. 2019, section 2.1 (WGAN-GP) and 2.2 (izi_f encoder).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edge_inspector import preprocess
 from edge_inspector.bundles import InputSpec
 from edge_inspector.errors import TrainingError
 from edge_inspector.preprocess import Window
-from edge_inspector.training import watching
+from edge_inspector.training import export, watching
 from edge_inspector.training.data import Pictures, Tiles, load_tiles
 from edge_inspector.training.networks import Fitted, fanogan
 from edge_inspector.training.run import Run, key_of
@@ -25,6 +27,8 @@ from edge_inspector.training.run import Run, key_of
 SIZES = (32, 64, 128)
 _SHEET = 8
 _SAVE_EVERY = 100
+_TRIAL = 3
+"""Steps that tell what a step costs."""
 _HELD_OUT = 3
 """Of four folds this one is held out: fitting a GAN again for each fold would take its time again."""
 
@@ -46,28 +50,50 @@ class Fanogan:
     encoder_steps: int = 2400
     learning_rate: float = 2e-4
 
-    def input_spec(self, surveyed: Pictures, tile: int | None, overlap: float) -> InputSpec:
-        """A square of one of SIZES, grey or colour as the pictures are."""
+    def __post_init__(self) -> None:
         if self.side not in SIZES:
             raise TrainingError(f"size {self.side}: must be one of {SIZES} for {self.name}")
+
+    def input_spec(self, surveyed: Pictures, tile: int | None, overlap: float) -> InputSpec:
+        """A square of one of SIZES, grey or colour as the pictures are."""
         grey = surveyed.channels == 1
         return InputSpec(
             height=self.side, width=self.side, channels=1 if grey else 3, order="grey" if grey else "bgr", tile=tile,
             overlap=overlap,
         )  # fmt: skip
 
+    def within_ms(self, surveyed: Pictures, tile: int | None, overlap: float, latency_ms: float) -> Fanogan:
+        """The widest network of this size that is fast enough, at most these settings'."""
+        took: list[str] = []
+        for width in (self.width, *(w for w in (48, 32, 24, 16, 8, 4) if w < self.width)):
+            settings = replace(self, width=width)
+            spec = settings.input_spec(surveyed, tile, overlap)
+            shape = self.side, spec.channels, width
+            networks = fanogan.Generator(*shape), fanogan.critic(*shape), fanogan.encoder(*shape)
+            graph = fanogan.FanoganGraph(*networks, self.side).eval()
+            needed = export.latency_ms(graph, np.zeros((1, self.side, self.side, spec.channels), np.uint8))
+            needed *= preprocess.tile_count(spec, surveyed.width_px, surveyed.height_px)
+            if needed <= latency_ms:
+                return settings
+            took.append(f"{needed:.0f} ms at width {width}")
+        raise TrainingError(
+            f"no width is judged within {latency_ms:g} ms here: {', '.join(took)}", hint="give more --latency-ms, or no --tile"
+        )
+
     def fit(self, surveyed: Pictures, spec: InputSpec, window: Window | None, run: Run) -> Fitted:
         """Fit to three folds of four, score the fourth."""
         held = surveyed.folds(4) == _HELD_OUT
         tiles = load_tiles(surveyed.paths, spec, window)
         fitter = Fitter(tiles.of(~held).images, self, run, surveyed.digest)
+        if run.left_s() is not None:
+            fitter.hurry()
         graph = fitter.graph()
         graph.balance(torch.from_numpy(tiles.of(held).images))
         held_tiles = tiles.of(held)
         watched = watching.watch(fitter.drawn, tiles.of(~held).images, held_tiles.images)
         return Fitted(
             graph, scored(graph, held_tiles, len(surveyed.paths)), "held out: the network never saw these parts",
-            watched.figures(), watched.said(),
+            watched.figures(), watched.said(), (fanogan.Drawing(fitter.g).cpu().eval(), fanogan.LATENT),
         )  # fmt: skip
 
 
@@ -123,6 +149,28 @@ class Fitter:
         self.g.eval().requires_grad_(False)
         self.d.eval().requires_grad_(False)
 
+    def hurry(self) -> None:
+        """Take as many steps of both kinds as the time that is left allows; what a resumed run did before counts too."""
+        s, key = self.settings, f"{self.key}-plan"
+        plan = self.run.load("plan", key)
+        if plan is None:
+            trial = Fitter(self.tiles.numpy(), s, self.run, "trial")
+            costs = []
+            for step in (trial._step_gan, trial._step_encoder):
+                step()
+                began = time.monotonic()
+                for _ in range(_TRIAL):
+                    step()
+                costs.append((time.monotonic() - began) / _TRIAL)
+            whole_s = s.gan_steps * costs[0] + s.encoder_steps * costs[1]
+            plan = {"share": self.run.shared(0.9 * (self.run.left_s() or 0.0) / whole_s, 0)}
+            self.run.save("plan", key, plan)
+            torch.manual_seed(self.run.seed + self.run.rank)
+        share = plan["share"]
+        self.settings = replace(
+            s, gan_steps=max(1, int(share * s.gan_steps)), encoder_steps=max(1, int(share * s.encoder_steps))
+        )
+
     def graph(self) -> fanogan.FanoganGraph:
         """Train everything; returns the graph on the CPU, in evaluation mode."""
         s = self.settings
@@ -139,8 +187,7 @@ class Fitter:
         self.g.eval()
         with torch.no_grad():
             parts = [self.g(part.to(next(self.g.parameters()).device)) for part in latents.split(64)]  # type: ignore[no-untyped-call]
-        pixels = ((torch.cat(parts) + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1)
-        return np.ascontiguousarray(pixels.cpu().numpy().astype(np.uint8))
+        return np.ascontiguousarray(fanogan.as_pixels(torch.cat(parts)).cpu().numpy())
 
     def _kept(self, stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
         self.run.tell(stage, step, steps, figures)

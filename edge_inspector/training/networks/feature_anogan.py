@@ -89,9 +89,7 @@ class Bank(nn.Module):
 
 
 def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2))
 
 
 class Generator(nn.Module):
@@ -193,9 +191,7 @@ class Exemplars(nn.Module):
 class FeatureAnoganGraph(nn.Module):
     """The one graph that is exported: pixels in, score, map and expected appearance out."""
 
-    def __init__(
-        self, backbone: Backbone, heads: Heads, exemplars: Exemplars, weights: dict[str, tuple[float, float]]
-    ) -> None:
+    def __init__(self, backbone: Backbone, heads: Heads, exemplars: Exemplars, weights: dict[str, tuple[float, float]]) -> None:
         """weights: for each term that is used, its mean over good parts and its weight over its spread there."""
         super().__init__()
         self.backbone, self.heads, self.exemplars, self.weights = backbone, heads, exemplars, weights

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -12,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from edge_inspector import scoring
+from edge_inspector import preprocess, scoring
 from edge_inspector.bundles import InputSpec
 from edge_inspector.errors import TrainingError
 from edge_inspector.preprocess import Window
+from edge_inspector.training import export
 from edge_inspector.training.data import Pictures
 from edge_inspector.training.networks import Fitted
 from edge_inspector.training.networks import feature_anogan as networks
@@ -32,6 +34,9 @@ _COVERED = 0.3
 """Share of a place that a drawn defect must cover for D to call it bad."""
 _NOISE = 0.5
 _EXEMPLARS = 24
+_SIDES = (512, 448, 384, 320, 256, 192, 128)
+_TRIALS, _MOST_STEPS, _SPENT = (20, 40), 4000, 0.8
+"""Steps of the two short fits; the most that are taken; the share of the time that heads may take."""
 
 
 def _rows(f: Tensor) -> Tensor:
@@ -48,7 +53,7 @@ def _whitening(covariance: Tensor, ridge: float) -> Tensor:
     return whitening
 
 
-def _centres(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def centres(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Greedy k-centre choice among rows [n, C], by distances in a random projection (Roth et al. 2022, section 3.2)."""
     sketch = rows @ (torch.randn(rows.shape[1], _SKETCH, generator=generator) / _SKETCH**0.5)
     distance = torch.full((len(rows),), torch.inf)
@@ -72,9 +77,7 @@ class _Fitter:
         """Everything, one after the other."""
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=self.run.seeded(self.fold))))
         drawing = self._generator()
-        fitted = networks.Heads(
-            self.mean, self.spread, self._gaussian(), self._bank(), drawing, self._discriminator(drawing)
-        )
+        fitted = networks.Heads(self.mean, self.spread, self._gaussian(), self._bank(), drawing, self._discriminator(drawing))
         return fitted.eval()
 
     def _scaled(self, raw: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ class _Fitter:
         rows = self._sampled(self.material.good, _CORESET_ROWS, _rows)
         whitening = _whitening(rows.T @ rows / len(rows), _RIDGE_BANK)
         rows = rows @ whitening
-        return networks.Bank(whitening, rows[_centres(rows, self.settings.prototypes, self.run.seeded(self.fold, 1))])
+        return networks.Bank(whitening, rows[centres(rows, self.settings.prototypes, self.run.seeded(self.fold, 1))])
 
     def _generator(self) -> networks.Generator:
         """Half of what it is given carries a drawn defect, and must come out as the part would be without."""
@@ -302,13 +305,15 @@ class FeatureAnogan:
     steps: int = 400
     """For the generator, and again for the discriminator."""
     folds: int = 3
-    most_pictures: int = 1500
+    most_pictures: int = 1000
     """Of more pictures so many are taken, evenly; the promise needs no more."""
+
+    def __post_init__(self) -> None:
+        if not 64 <= self.side <= 1024:
+            raise TrainingError(f"size {self.side}: must lie between 64 and 1024 for {self.name}")
 
     def input_spec(self, surveyed: Pictures, tile: int | None, overlap: float) -> InputSpec:
         """Same shape as the pictures (tiles are square), multiples of 32, about side^2 pixels."""
-        if not 64 <= self.side <= 1024:
-            raise TrainingError(f"size {self.side}: must lie between 64 and 1024 for {self.name}")
         aspect = surveyed.width_px / surveyed.height_px if tile is None else 1.0
         height, width = (max(32, 32 * round(self.side * ratio / 32)) for ratio in (aspect**-0.5, aspect**0.5))
         enlarged = (tile or surveyed.width_px) < width
@@ -323,8 +328,8 @@ class FeatureAnogan:
         taken = np.unique(np.linspace(0, count - 1, min(count, self.most_pictures)).round().astype(int))
         material = gathered([surveyed.paths[i] for i in taken], surveyed.folds(self.folds)[taken], spec, window, run)
         about = {"seed": run.seed, "digest": surveyed.digest, "input": spec.model_dump(), "window": window}
-        key = key_of({**asdict(self), **about})
-        every = self.heads(material, run, key)
+        settings = self if run.left_s() is None else self._affordable(material, run, key_of({**asdict(self), **about}))
+        every = settings.heads(material, run, key_of({**asdict(settings), **about}))
         crossed, heads = cross_fit(material, every), every[-1]
         weighing = weighed(crossed)
         graph = networks.FeatureAnoganGraph(Backbone(), heads, _exemplars(heads, material, run), weighing.weights).eval()
@@ -332,8 +337,47 @@ class FeatureAnogan:
         np.fmax.at(scores, taken[material.picture], crossed.scores(weighing.weights, spoiled=False))
         return Fitted(
             graph, scores, f"cross-fitted: each part by a network fitted to the other {self.folds - 1} of {self.folds} folds",
-            {"drawn_defects_auroc": weighing.auroc}, self._notes(weighing, count, len(taken)),
+            {"drawn_defects_auroc": weighing.auroc, "steps": settings.steps}, self._notes(weighing, count, len(taken)),
         )  # fmt: skip
+
+    def within_ms(self, surveyed: Pictures, tile: int | None, overlap: float, latency_ms: float) -> FeatureAnogan:
+        """The largest input whose pictures are judged within the time by ONNX Runtime here, at most these settings'.
+
+        Raises TrainingError where none is.
+        """
+        took: list[str] = []
+        for side in (self.side, *(s for s in _SIDES if s < self.side)):
+            settings = replace(self, side=side)
+            spec = settings.input_spec(surveyed, tile, overlap)
+            tiles = preprocess.tile_count(spec, surveyed.width_px, surveyed.height_px)
+            h, w = spec.height // networks.STRIDE, spec.width // networks.STRIDE
+            exemplars = networks.Exemplars(torch.zeros(1, networks.DEPTH * h * w // 16), torch.zeros(1, 4 * h, 4 * w, 3))
+            heads, weights = networks.empty_heads(h, w, self.prototypes), dict.fromkeys(networks.TERMS, (0.0, 1.0))
+            graph = networks.FeatureAnoganGraph(Backbone(), heads, exemplars, weights).eval()
+            needed = tiles * export.latency_ms(graph, np.zeros((1, spec.height, spec.width, 3), np.uint8))
+            if needed <= latency_ms:
+                return settings
+            took.append(f"{needed:.0f} ms at {side}")
+        raise TrainingError(
+            f"no input size is judged within {latency_ms:g} ms here: {', '.join(took)}",
+            hint="give more --latency-ms, or no --tile",
+        )
+
+    def _affordable(self, material: Material, run: Run, key: str) -> FeatureAnogan:
+        """As many steps as the time that is left allows: two short fits tell what a fit costs, and what a step."""
+        plan = run.load("plan", key)
+        if plan is None:
+            costs = []
+            for steps in _TRIALS:
+                began = time.monotonic()
+                _Fitter(material, replace(self, steps=steps), run, 0).heads()
+                costs.append(time.monotonic() - began)
+            step_s = max(1e-4, (costs[1] - costs[0]) / (_TRIALS[1] - _TRIALS[0]))
+            each_s = _SPENT * (run.left_s() or 0.0) * run.world / (self.folds + 1)
+            steps = int(np.clip((each_s - costs[0]) / step_s + _TRIALS[0], _TRIALS[1], _MOST_STEPS))
+            plan = {"steps": run.shared(steps, 0)}
+            run.save("plan", key, plan)
+        return replace(self, steps=plan["steps"])
 
     def _notes(self, weighing: Weighing, count: int, taken: int) -> tuple[str, ...]:
         terms = ", ".join(weighing.weights)
@@ -372,7 +416,7 @@ def _exemplars(heads: networks.Heads, material: Material, run: Run) -> networks.
     for part in parts(torch.arange(len(material.good))):
         f = heads.standardised(material.good.raw(part))
         keys.append(networks.Exemplars.key(heads.generator.coarse(functional.avg_pool2d(f, 2))))
-    chosen = _centres(torch.cat(keys), _EXEMPLARS, run.seeded(-2))
+    chosen = centres(torch.cat(keys), _EXEMPLARS, run.seeded(-2))
     return networks.Exemplars(torch.cat(keys)[chosen], material.shown[chosen])
 
 

@@ -20,7 +20,7 @@ from edge_inspector.preprocess import Window
 from edge_inspector.roi import Roi
 from edge_inspector.training import export, synthesis
 from edge_inspector.training.networks import feature_anogan as networks
-from edge_inspector.training.networks.backbone import Backbone
+from edge_inspector.training.networks.backbone import CHANNELS, Backbone
 from edge_inspector.training.run import Run
 
 WITHHELD = 2
@@ -36,23 +36,35 @@ def parts(index: Tensor, size: int = 16) -> Iterator[Tensor]:
         yield index[start : start + size]
 
 
-@dataclass
 class Store:
-    """Backbone outputs of many tiles at half precision, and what is defective in them."""
+    """Backbone outputs of tiles at half precision, and what is defective in them.
 
-    early: Tensor
-    """[N, 40, h, w]"""
-    late: Tensor
-    """[N, 112, h / 2, w / 2]"""
-    defective: Tensor
-    """[N, h, w] share of each place that a drawn defect covers."""
+    Allocated once: thousands of small arrays that stay would leave the heap full of holes, tenfold what they hold.
+    """
 
-    coarse: Tensor
-    """[N, DEPTH, h / 2, w / 2] features averaged to stride 16."""
+    def __init__(self, count: int, h: int, w: int) -> None:
+        self.early = torch.empty(count, CHANNELS[0], h, w, dtype=torch.half)
+        self.late = torch.empty(count, CHANNELS[1], h // 2, w // 2, dtype=torch.half)
+        self.coarse = torch.empty(count, networks.DEPTH, h // 2, w // 2, dtype=torch.half)
+        """Features averaged to stride 16."""
+        self.defective = torch.zeros(count, h, w)
+        """Share of each place that a drawn defect covers."""
+
+    def put(self, rows: list[int], early: Tensor, late: Tensor) -> None:
+        """Keep backbone outputs of a few tiles."""
+        self.early[rows], self.late[rows] = early.half(), late.half()
+        self.coarse[rows] = functional.avg_pool2d(networks.patches(early, late), 2).half()
 
     def raw(self, chosen: Tensor) -> Tensor:
         """Features [n, DEPTH, h, w] of chosen tiles."""
         return networks.patches(self.early[chosen].float(), self.late[chosen].float())
+
+    def some(self, chosen: Tensor) -> Store:
+        """A store of chosen tiles."""
+        found = Store(0, 1, 1)
+        found.early, found.late = self.early[chosen], self.late[chosen]
+        found.coarse, found.defective = self.coarse[chosen], self.defective[chosen]
+        return found
 
     def __len__(self) -> int:
         return len(self.early)
@@ -78,7 +90,7 @@ class Material:
     """[tiles]"""
 
 
-class _Extractor:
+class Extractor:
     """The backbone, run by what is fastest: PyTorch on a GPU, ONNX Runtime on the CPU (a third of PyTorch's time)."""
 
     def __init__(self, height: int, width: int, run: Run) -> None:
@@ -92,17 +104,17 @@ class _Extractor:
             path.unlink()
 
     def __call__(self, images: list[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:
-        """Images uint8 [H, W, 3] RGB -> features of stride 8 and 16, half precision, on the CPU."""
+        """Images uint8 [H, W, 3] RGB -> features of stride 8 and 16, on the CPU."""
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
         if self.session is not None:
             early, late = (torch.from_numpy(a) for a in self.session.run(None, {"pixels": pixels.contiguous().numpy()}))
         else:
             with torch.no_grad():
                 early, late = self.backbone(pixels.to(self.device))
-        return early.half().cpu(), late.half().cpu()
+        return early.cpu(), late.cpu()
 
 
-def _within(image: NDArray[np.uint8], tile: preprocess.Tile, draw: Callable[[NDArray[np.uint8]], Drawn]) -> Drawn:
+def drawn_within(image: NDArray[np.uint8], tile: preprocess.Tile, draw: Callable[[NDArray[np.uint8]], Drawn]) -> Drawn:
     """Draw on a tile at the resolution the camera had, where that is the lower one; returns picture and mask [H, W].
 
     Sharp lines in an enlarged, smooth picture would teach D to look for sharp lines, which no real defect has there.
@@ -125,20 +137,19 @@ def _resized(picture: NDArray[np.uint8], size: tuple[int, int], interpolation: i
 class _Gatherer:
     """Turns pictures into Material, a batch at a time."""
 
-    KINDS = ("good", "jittered", "spoiled", *(f"withheld-{n}" for n in range(WITHHELD)))
-
-    def __init__(self, spec: InputSpec, run: Run) -> None:
+    def __init__(self, spec: InputSpec, tiles: int, run: Run) -> None:
         self.spec, self.run = spec, run
-        self.extractor = _Extractor(spec.height, spec.width, run)
-        self.features: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in self.KINDS}
-        self.waiting: dict[str, list[NDArray[np.uint8]]] = {kind: [] for kind in self.KINDS}
-        self.defective: dict[str, list[Tensor]] = {kind: [] for kind in self.KINDS}
+        self.h, self.w = spec.height // networks.STRIDE, spec.width // networks.STRIDE
+        self.extractor = Extractor(spec.height, spec.width, run)
+        self.good, self.jittered, self.spoiled = (Store(tiles, self.h, self.w) for _ in range(3))
+        self.withheld = Store(WITHHELD * tiles, self.h, self.w)
+        self.waiting: dict[Store, list[tuple[int, NDArray[np.uint8]]]] = {}
         self.pool: list[NDArray[np.uint8]] = []
 
-    def add(self, number: int, plan: preprocess.Plan, images: NDArray[np.uint8]) -> None:
-        """Take the tiles of one picture, and draw their copies."""
+    def add(self, number: int, first: int, plan: preprocess.Plan, images: NDArray[np.uint8]) -> None:
+        """Take the tiles of one picture, from row `first` on, and draw their copies."""
         rng = self.run.rng(number)
-        for image, tile in zip(images, plan.tiles, strict=True):
+        for row, (image, tile) in enumerate(zip(images, plan.tiles, strict=True), first):
             if len(self.pool) < _POOL:
                 self.pool.append(image)
             elif rng.random() < 0.2:
@@ -147,73 +158,59 @@ class _Gatherer:
             def spoilt(picture: NDArray[np.uint8], family: synthesis.Family) -> Drawn:
                 other = self.pool[rng.integers(len(self.pool))]
                 other = _resized(other, (picture.shape[1], picture.shape[0]), cv2.INTER_AREA)
-                return synthesis.spoiled(rng, picture, other, family)
+                return synthesis.visibly_spoiled(rng, picture, other, family)
 
             def jittered(picture: NDArray[np.uint8]) -> Drawn:
                 return synthesis.jittered(rng, picture), np.zeros(picture.shape[:2], np.uint8)
 
-            moved, _ = _within(image, tile, jittered)
-            self._put("good", image, None)
-            self._put("jittered", moved, None)
-            self._put("spoiled", *_within(moved, tile, lambda p: spoilt(p, synthesis.LEARNED)))
+            moved, _ = drawn_within(image, tile, jittered)
+            self._put(self.good, row, image, None)
+            self._put(self.jittered, row, moved, None)
+            self._put(self.spoiled, row, *drawn_within(moved, tile, lambda p: spoilt(p, synthesis.LEARNED)))
             for n in range(WITHHELD):
-                self._put(f"withheld-{n}", *_within(image, tile, lambda p: spoilt(p, synthesis.WITHHELD)))
+                drawn = drawn_within(image, tile, lambda p: spoilt(p, synthesis.WITHHELD))
+                self._put(self.withheld, WITHHELD * row + n, *drawn)
 
-    def _put(self, kind: str, image: NDArray[np.uint8], mask: NDArray[np.uint8] | None) -> None:
+    def _put(self, store: Store, row: int, image: NDArray[np.uint8], mask: NDArray[np.uint8] | None) -> None:
         if mask is not None:
-            grid = self.spec.width // networks.STRIDE, self.spec.height // networks.STRIDE
-            share = cv2.resize(mask.astype(np.float32), grid, interpolation=cv2.INTER_AREA)
-            self.defective[kind].append(torch.from_numpy(share))
-        self.waiting[kind].append(image)
-        if len(self.waiting[kind]) == _BATCH:
-            self.flush(kind)
+            share = cv2.resize(mask.astype(np.float32), (self.w, self.h), interpolation=cv2.INTER_AREA)
+            store.defective[row] = torch.from_numpy(share)
+        waiting = self.waiting.setdefault(store, [])
+        waiting.append((row, image))
+        if len(waiting) == _BATCH:
+            self._flush(store)
 
-    def flush(self, kind: str) -> None:
-        """Run what waits through the backbone."""
-        if self.waiting[kind]:
-            self.features[kind].append(self.extractor(self.waiting[kind]))
-            self.waiting[kind] = []
+    def _flush(self, store: Store) -> None:
+        rows, images = zip(*self.waiting.pop(store), strict=True)
+        store.put(list(rows), *self.extractor(list(images)))
 
-    def store(self, *kinds: str) -> Store:
-        """Everything of these kinds; of several, tile by tile."""
-        for kind in kinds:
-            self.flush(kind)
-        columns = [[torch.cat(column) for column in zip(*self.features.pop(kind), strict=True)] for kind in kinds]
-        early, late = (torch.stack([column[i] for column in columns], 1).flatten(0, 1) for i in (0, 1))
-        masks = [torch.stack(self.defective[kind]) for kind in kinds if self.defective[kind]]
-        coarse = [
-            functional.avg_pool2d(networks.patches(early[part].float(), late[part].float()), 2).half()
-            for part in parts(torch.arange(len(early)))
-        ]
-        covered = torch.stack(masks, 1).flatten(0, 1) if masks else torch.empty(0)
-        return Store(early, late, covered, torch.cat(coarse))
+    def finish(self) -> None:
+        """Run what still waits through the backbone."""
+        for store in list(self.waiting):
+            self._flush(store)
 
 
 def gathered(
     paths: Sequence[Path], folds: NDArray[np.intp], spec: InputSpec, window: Window | None, run: Run
 ) -> Material:
     """Features of pictures, of their jittered copies, and of copies with drawn defects. Raises PictureError."""
-    gatherer = _Gatherer(spec, run)
-    plans: dict[tuple[int, int], preprocess.Plan] = {}
-    half = spec.width // 2, spec.height // 2
-    valid, shown, picture = [], [], []
-    for number, path in enumerate(paths):
-        image = pictures.read(path)
-        height, width = image.shape[:2]
-        plan = plans.get((height, width))
-        if plan is None:
-            plan = plans[height, width] = preprocess.Plan(spec, Roi(), height, width, window)
+    sizes = [pictures.read(path).shape[:2] for path in paths]
+    shared = {size: preprocess.Plan(spec, Roi(), *size, window) for size in set(sizes)}
+    plans = [shared[size] for size in sizes]
+    owner = np.repeat(np.arange(len(paths)), [len(plan.tiles) for plan in plans])
+    gatherer = _Gatherer(spec, len(owner), run)
+    valid = torch.empty(len(owner), spec.height, spec.width, dtype=torch.uint8)
+    shown = torch.empty(len(owner), spec.height // 2, spec.width // 2, 3, dtype=torch.uint8)
+    for number, (path, plan) in enumerate(zip(paths, plans, strict=True)):
         images, masks = plan.buffers()
-        plan.fill(image, images, masks)
-        gatherer.add(number, plan, images)
-        valid.append(masks)
-        shown += [_resized(tile, half, cv2.INTER_AREA) for tile in images]
-        picture += [number] * len(images)
+        plan.fill(pictures.read(path), images, masks)
+        rows = np.flatnonzero(owner == number)
+        gatherer.add(number, int(rows[0]), plan, images)
+        valid[rows] = torch.from_numpy(masks)
+        half = [_resized(tile, (spec.width // 2, spec.height // 2), cv2.INTER_AREA) for tile in images]
+        shown[rows] = torch.from_numpy(np.stack(half))
         run.tell("features", number + 1, len(paths))
         run.stop_if_asked()
-    owner = np.array(picture)
-    return Material(
-        gatherer.store("good"), gatherer.store("jittered"), gatherer.store("spoiled"),
-        gatherer.store(*_Gatherer.KINDS[3:]), torch.from_numpy(np.concatenate(valid)),
-        torch.from_numpy(np.stack(shown)), folds[owner], owner,
-    )  # fmt: skip
+    gatherer.finish()
+    g = gatherer
+    return Material(g.good, g.jittered, g.spoiled, g.withheld, valid, shown, folds[owner], owner)

@@ -1,0 +1,251 @@
+"""Detection on real sets, with references and the ablation: python -m tests.benchmarks.detection SET... [--seeds 1 2 3]
+
+Each SET is a folder in MVTec layout, or `elpv:mono`, `elpv:poly` from the package elpv-dataset (label 0.0 against 1.0; a
+third of the good cells is for testing). One line of JSON for each set and seed is appended to --out, and what is there is
+not run again; --table prints what is there.
+
+The references see the same frozen features of the same pictures: PaDiM (full covariance at each place, good and jittered
+tiles) and PatchCore (coreset of standardised features, four times the flagship's bank). Every term of the flagship and
+their sums are scored too. No label is read before all scores are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edge_inspector import pictures, preprocess, scoring
+from edge_inspector.roi import Roi
+from edge_inspector.training import data
+from edge_inspector.training.evaluation import Trivial, aupro, detection, labelled, mask_of
+from edge_inspector.training.networks import feature_anogan as networks
+from edge_inspector.training.networks import feature_fit as fitting
+from edge_inspector.training.networks.feature_material import Extractor, Material, gathered, parts
+from edge_inspector.training.run import Run, key_of
+
+PROTOTYPES, ROWS = 4096, 60_000
+MAP_PX, BATCH = 256, 16
+
+
+def padim(heads: networks.Heads, material: Material) -> Callable[[Tensor], Tensor]:
+    """A Gaussian with full covariance at each place (Defard et al. 2021): features -> map."""
+    count = 2 * len(material.good)
+    total = torch.zeros(networks.DEPTH, *material.good.early.shape[2:])
+    products = torch.zeros(total[0].numel(), networks.DEPTH, networks.DEPTH)
+    for store in (material.good, material.jittered):
+        for part in parts(torch.arange(len(store.early))):
+            f = heads.standardised(store.raw(part))
+            total += f.sum(0)
+            x = f.flatten(2).permute(2, 0, 1)
+            products.baddbmm_(x.mT, x)
+    mean = total / count
+    centre = mean.flatten(1).T
+    covariance = products.div_(count) - centre[:, :, None] * centre[:, None, :]
+    inverse = torch.linalg.inv(covariance + 0.05 * torch.eye(networks.DEPTH))
+
+    def apply(f: Tensor) -> Tensor:
+        away = (f - mean).flatten(2).permute(2, 0, 1)
+        distance: Tensor = ((away @ inverse) * away).sum(2).T.clamp(min=0).sqrt()
+        return distance.reshape(len(f), 1, *f.shape[2:])
+
+    return apply
+
+
+def patchcore(heads: networks.Heads, material: Material, run: Run) -> Callable[[Tensor], Tensor]:
+    """Distance to the nearest of a coreset of standardised features (Roth et al. 2022): features -> map."""
+    rows = []
+    for part in parts(torch.arange(len(material.good.early))):
+        f = heads.standardised(material.good.raw(part)).permute(0, 2, 3, 1).reshape(-1, networks.DEPTH)
+        share = ROWS * len(part) // len(material.good.early)
+        rows.append(f[torch.randperm(len(f), generator=run.seeded(7, int(part[0])))[:share]])
+    every = torch.cat(rows)
+    chosen = every[fitting.centres(every, PROTOTYPES, run.seeded(8))]
+    return networks.Bank(torch.eye(networks.DEPTH), chosen)
+
+
+def elpv(kind: str, folder: Path) -> Path:
+    """Write cells of one kind as a set: good 0.0, defective 1.0; every third good cell is for testing."""
+    from elpv_dataset.utils import load_dataset
+
+    images, probability, kinds = load_dataset()
+    for name in ("train/good", "test/good", "test/defective"):
+        (folder / name).mkdir(parents=True)
+    good = 0
+    for number, (image, p, found) in enumerate(zip(images, probability, kinds, strict=True)):
+        if found != kind or p not in (0.0, 1.0):
+            continue
+        good += p == 0
+        place = "test/defective" if p else "test/good" if good % 3 == 0 else "train/good"
+        pictures.write(folder / place / f"{number:04d}.png", image)
+    return folder
+
+
+class Reader:
+    """Pictures -> standardised features, as the network sees them."""
+
+    def __init__(self, family: fitting.FeatureAnogan, surveyed: data.Pictures, run: Run) -> None:
+        self.spec = family.input_spec(surveyed, None, 0.0)
+        self.extractor = Extractor(self.spec.height, self.spec.width, run)
+
+    def __call__(self, heads: networks.Heads, images: list[NDArray[Any]]) -> tuple[Tensor, Tensor]:
+        tiles, valid = [], []
+        for image in images:
+            plan = preprocess.Plan(self.spec, Roi(), image.shape[0], image.shape[1])
+            buffers = plan.buffers()
+            plan.fill(image, *buffers)
+            tiles.append(buffers[0][0])
+            valid.append(buffers[1][0])
+        early, late = self.extractor(tiles)
+        return heads.standardised(networks.patches(early.float(), late.float())), torch.from_numpy(np.stack(valid))
+
+
+def measured(folder: Path, seed: int, work: Path) -> dict[str, Any]:
+    """Train on one set, score everything, then read the labels."""
+    began, cpu = time.monotonic(), time.process_time()
+    family = fitting.FeatureAnogan()
+    surveyed = data.survey(folder / "train" / "good")
+    run = Run(work, seed=seed)
+    spec = family.input_spec(surveyed, None, 0.0)
+    folds = surveyed.folds(family.folds)
+    material = gathered(surveyed.paths, folds, spec, None, run)
+    every = family.heads(material, run, key_of({"seed": seed}))
+    crossed = fitting.cross_fit(material, every)
+    weighing = fitting.weighed(crossed)
+    seconds, cpu_s = time.monotonic() - began, time.process_time() - cpu
+    heads = every[-1]
+    sums = {"flagship": weighing.weights} | {
+        name: crossed.normalised(c) for name, c in (
+            ("gaussian", (1, 0, 0)), ("bank", (0, 1, 0)), ("discriminator", (0, 0, 1)), ("gaussian + bank", (1, 1, 0)),
+            ("gaussian + D", (1, 0, 1)), ("bank + D", (0, 1, 1)), ("gaussian + bank + D", (1, 1, 1)),
+        )
+    }  # fmt: skip
+    alone = {"PaDiM": padim(heads, material), "PatchCore": patchcore(heads, material, run)}
+    held = crossed.scores(weighing.weights, spoiled=False)
+    good_scores = np.full(len(surveyed.paths), -np.inf)
+    np.maximum.at(good_scores, material.picture, held)
+    del material
+    reader, kernel, one = Reader(family, surveyed, run), networks.smoothing_kernel(), torch.ones(())
+    scores: dict[str, list[float]] = {name: [] for name in (*sums, *alone)}
+    maps: dict[str, list[NDArray[np.float32]]] = {name: [] for name in scores}
+    kinds, masks, trivial = [], [], Trivial()
+    listed = [(kind, path) for kind, paths in labelled(folder).items() for path in paths]
+    for start in range(0, len(listed), BATCH):
+        batch = listed[start : start + BATCH]
+        images = [pictures.read(path) for _, path in batch]
+        with torch.no_grad():
+            f, valid = reader(heads, images)
+            coarse = heads.generator.coarse(torch.nn.functional.avg_pool2d(f, 2))
+            terms = torch.cat([heads.term(name, f, coarse) for name in networks.TERMS], 1)
+            fused = {name: networks.fused(terms, weights) for name, weights in sums.items()}
+            fused |= {name: reference(f) for name, reference in alone.items()}
+        for name, total in fused.items():
+            score, anomaly = networks.finished(total, valid, kernel, one)
+            scores[name] += score.tolist()
+            maps[name] += list(anomaly.numpy())
+        for (kind, path), image in zip(batch, images, strict=True):
+            trivial.add(kind, image)
+            kinds.append(kind)
+            mask = np.zeros(image.shape[:2], np.uint8) if kind == "good" else mask_of(folder, kind, path)
+            masks.append(None if mask is None else _shrunk(mask))
+    good = np.array([kind == "good" for kind in kinds])
+    promises = {}
+    for alpha in (0.02, 0.05):
+        promise = scoring.promise(good_scores.tolist(), alpha, 0.95)
+        flagged = np.array(scores["flagship"]) > promise.threshold
+        promises[str(alpha)] = {
+            "kept": promise.kept,
+            "false_rejects": float(flagged[good].mean()),
+            "recall": float(flagged[~good].mean()),
+        }
+    return {
+        "set": folder.name, "seed": seed, "input": [spec.height, spec.width], "pictures": len(surveyed.paths),
+        "terms": {name: weight for name, (_, weight) in weighing.weights.items()}, "drawn_auroc": weighing.tried,
+        "train_s": seconds, "train_cpu_s": cpu_s, "load": os.getloadavg()[0], "promise": promises,
+        "trivial": trivial.auroc(), "methods": {name: _figures(name, scores, maps, masks, good) for name in scores},
+    }  # fmt: skip
+
+
+def _shrunk(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    share = cv2.resize(mask.astype(np.float32), (MAP_PX, MAP_PX), interpolation=cv2.INTER_AREA)
+    return (share > 0).astype(np.uint8)
+
+
+def _figures(
+    name: str, scores: dict[str, list[float]], maps: dict[str, list[NDArray[np.float32]]],
+    masks: list[NDArray[np.uint8] | None], good: NDArray[np.bool_],
+) -> dict[str, float]:  # fmt: skip
+    values = np.array(scores[name])
+    figures = detection(values[good], values[~good]).to_json()
+    known = [i for i, mask in enumerate(masks) if mask is not None]
+    if any(masks[i].any() for i in known):  # type: ignore[union-attr]
+        large = [cv2.resize(maps[name][i], (MAP_PX, MAP_PX), interpolation=cv2.INTER_LINEAR).astype(np.float32) for i in known]
+        figures["aupro"] = aupro(large, [masks[i] for i in known])  # type: ignore[misc]
+    return figures
+
+
+def table(out: Path) -> None:
+    """Mean and spread over seeds of image AUROC, AUPRO and FPR at 95 % recall, in percent."""
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    methods = list(lines[0]["methods"])
+    for figure in ("auroc", "fpr_at_95_recall", "aupro"):
+        print(f"\n{figure}")
+        print("| set | seeds |", " | ".join(methods), "|")
+        for name in dict.fromkeys(line["set"] for line in lines):
+            ours = [line for line in lines if line["set"] == name]
+            if figure not in ours[0]["methods"][methods[0]]:
+                continue
+            cells = []
+            for method in methods:
+                values = [100 * line["methods"][method][figure] for line in ours]
+                cells.append(f"{np.mean(values):.1f}" + (f" ±{np.std(values):.1f}" if len(values) > 1 else ""))
+            print(f"| {name} | {len(ours)} |", " | ".join(cells), "|")
+    for line in lines:
+        print(line["set"], line["seed"], line["terms"], {k: round(v, 3) for k, v in line["trivial"].items()},
+              line["promise"], f"{line['train_s']:.0f} s, {line['train_cpu_s']:.0f} CPU s, load {line['load']:.1f}")  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="*")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--out", type=Path, default=Path("detection.jsonl"))
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    if given.table:
+        table(given.out)
+        return
+    done = (
+        {(line["set"], line["seed"]) for line in map(json.loads, given.out.read_text().splitlines())}
+        if given.out.exists()
+        else set()
+    )
+    for seed in given.seeds:
+        for name in given.sets:
+            short = name.replace(":", "-") if name.startswith("elpv:") else Path(name).name
+            if (short, seed) in done:
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = elpv(name.split(":")[1], Path(scratch) / short) if name.startswith("elpv:") else Path(name)
+                work = Path(scratch) / "work"
+                work.mkdir()
+                found = measured(folder, seed, work)
+            with given.out.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            print(short, seed, {name: round(100 * f["auroc"], 2) for name, f in found["methods"].items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

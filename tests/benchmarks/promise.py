@@ -1,0 +1,113 @@
+"""Is the promise kept? python -m tests.benchmarks.promise FOLDER [--splits 50] [--pictures 150] [--steps 100]
+
+Good parts of FOLDER/train/good and FOLDER/test/good are thrown together. For each random split some are trained on, as
+`train` does (folds, weights, threshold), and the rest are judged by the network for all: is the share rejected above the
+promised one? Defective pictures are judged as well, for the recall. Features are computed once; with fewer --steps than the
+default the heads are worse than the product's, which a promise must survive. One line of JSON a split is appended to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from edge_inspector import scoring
+from edge_inspector.training import data
+from edge_inspector.training.evaluation import labelled
+from edge_inspector.training.networks import feature_anogan as networks
+from edge_inspector.training.networks import feature_fit as fitting
+from edge_inspector.training.networks.feature_material import WITHHELD, Material, Store, gathered, parts
+from edge_inspector.training.run import Run, key_of
+
+ALPHAS = (0.02, 0.05)
+
+
+def part_of(material: Material, index: Tensor, folds: np.ndarray) -> Material:
+    """Some of the pictures, of one tile each."""
+    drawn = (WITHHELD * index[:, None] + torch.arange(WITHHELD)).flatten()
+    return Material(
+        material.good.some(index), material.jittered.some(index), material.spoiled.some(index),
+        material.withheld.some(drawn), material.valid[index], material.shown[index], folds, np.arange(len(index)),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def judged(heads: networks.Heads, weights: dict[str, tuple[float, float]], store: Store, valid: Tensor, index: Tensor) -> np.ndarray:
+    """Scores of tiles by one network."""
+    found = []
+    for some in parts(index):
+        f = heads.standardised(store.raw(some))
+        coarse = heads.generator.coarse(functional.avg_pool2d(f, 2))
+        maps = torch.cat([heads.term(name, f, coarse) for name in networks.TERMS], 1)
+        total = networks.fused(maps, weights)
+        found.append(networks.finished(total, valid[some], networks.smoothing_kernel(), torch.ones(()))[0].numpy())
+    return np.concatenate(found)
+
+
+def main() -> None:
+    """Split, train, judge, count."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--splits", type=int, default=50)
+    parser.add_argument("--pictures", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=Path("promise.jsonl"))
+    given = parser.parse_args()
+    family = dataclasses.replace(fitting.FeatureAnogan(), steps=given.steps)
+    with tempfile.TemporaryDirectory() as scratch:
+        pool, bad = Path(scratch) / "pool", Path(scratch) / "bad"
+        kinds = labelled(given.folder)
+        goods = sorted((given.folder / "train" / "good").iterdir()) + kinds.pop("good")
+        for where, paths in ((pool, goods), (bad, [p for k in kinds.values() for p in k][:: max(1, sum(map(len, kinds.values())) // 100)])):
+            where.mkdir()
+            for number, path in enumerate(paths):
+                (where / f"{number:05d}{path.suffix}").symlink_to(path.resolve())
+        work = Path(scratch) / "work"
+        work.mkdir()
+        run = Run(work)
+        surveyed = data.survey(pool)
+        spec = family.input_spec(surveyed, None, 0.0)
+        material = gathered(surveyed.paths, surveyed.folds(family.folds), spec, None, run)
+        defective = gathered(sorted(bad.iterdir()), np.zeros(len(list(bad.iterdir())), np.intp), spec, None, run)
+        for split in range(given.splits):
+            rng = np.random.default_rng(split)
+            index = np.sort(rng.permutation(len(goods))[: given.pictures])
+            rest = torch.from_numpy(np.setdiff1d(np.arange(len(goods)), index))
+            some = dataclasses.replace(surveyed, paths=tuple(surveyed.paths[i] for i in index))
+            ours = part_of(material, torch.from_numpy(index), some.folds(family.folds))
+            every = family.heads(ours, Run(work, seed=split), key_of({"split": split}))
+            crossed = fitting.cross_fit(ours, every)
+            weights = fitting.weighed(crossed).weights
+            held = crossed.scores(weights, spoiled=False).tolist()
+            fresh = judged(every[-1], weights, material.good, material.valid, rest)
+            wrong = judged(every[-1], weights, defective.good, defective.valid, torch.arange(len(defective.valid)))
+            line = {"set": given.folder.name, "split": split, "n": len(held), "fresh": len(fresh), "terms": sorted(weights)}
+            for alpha in ALPHAS:
+                made = scoring.promise(held, alpha, 0.95)
+                line[str(alpha)] = {
+                    "kept": made.kept, "false_rejects": float((fresh > made.threshold).mean()),
+                    "recall": float((wrong > made.threshold).mean()),
+                }  # fmt: skip
+            with given.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            run.forget()
+    lines = [json.loads(line) for line in given.out.read_text().splitlines()]
+    for name in dict.fromkeys(line["set"] for line in lines):
+        for alpha in map(str, ALPHAS):
+            ours_ = [line[alpha] for line in lines if line["set"] == name]
+            above = sum(line["false_rejects"] > float(alpha) for line in ours_)
+            recall = np.mean([line["recall"] for line in ours_])
+            print(f"{name}, {alpha}: kept {sum(line['kept'] for line in ours_)} of {len(ours_)} splits, share rejected above"
+                  f" it in {above}, mean recall {recall:.3f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
