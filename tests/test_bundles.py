@@ -47,7 +47,7 @@ def test_the_shipped_bundle_is_trusted_small_and_says_what_it_is() -> None:
     assert opened.manifest.training.pictures == 405
     assert opened.manifest.calibration.kept
     assert {s.verdict.value for s in opened.manifest.samples} == {"pass", "fail"}
-    assert sum(p.stat().st_size for p in PAPER.iterdir()) < 10_000_000
+    assert sum(p.stat().st_size for p in PAPER.iterdir()) < 30_000_000
     assert "train" in opened.manifest.command
 
 

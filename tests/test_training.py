@@ -16,15 +16,18 @@ from edge_inspector import bundles, pictures
 from edge_inspector.bundles import InputSpec
 from edge_inspector.cameras.synthetic import draw_part
 from edge_inspector.errors import PictureError, TrainingError
+from edge_inspector.inspector import Inspector
+from edge_inspector.recipes import CameraRecipe, Recipe, RoiRecipe
 from edge_inspector.results import Verdict
 from edge_inspector.runtime import OnnxEngine, judge_samples
 from tests.line import filled
+from tests.test_preprocess import frame
 
 torch = pytest.importorskip("torch", reason='torch is not installed: pip install "edge-inspector[train]"')
 
 from edge_inspector import training  # noqa: E402
-from edge_inspector.training import audit, data, evaluation, limits, synthesis, watching  # noqa: E402
-from edge_inspector.training.networks import Family, feature_anogan, feature_fit  # noqa: E402
+from edge_inspector.training import data, evaluation, generation  # noqa: E402
+from edge_inspector.training.networks import Family  # noqa: E402
 from edge_inspector.training.networks.fanogan_fit import Fanogan, Fitter  # noqa: E402
 from edge_inspector.training.networks.feature_fit import FeatureAnogan  # noqa: E402
 from edge_inspector.training.orders import Order  # noqa: E402
@@ -81,8 +84,28 @@ def test_a_folder_of_good_parts_becomes_a_signed_bundle_that_keeps_its_word(tmp_
     assert "at most 0.1 of good parts rejected" in page
     assert "Detection limit" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
+    made = generation.generate(opened, tmp_path / "drawn", 5, seed=1)
+    assert (made.good, made.defects) == (5 if family is TINY else 0, 10)
+    assert (tmp_path / "drawn" / "walks.png").exists() == (family is TINY)
+    for kind in ("learned", "withheld"):
+        masks = [evaluation.mask_of(tmp_path / "drawn", kind, p) for p in pictures.listed(tmp_path / "drawn" / "test" / kind)]
+        assert sum(mask is not None and bool(mask.any()) for mask in masks) == 5
     with pytest.raises(TrainingError, match="exists already"):
         training.train(order(tmp_path, tmp_path / "good"))
+
+
+def test_tiles_judged_in_any_batch_give_one_score(tmp_path: Path) -> None:
+    trained = training.train(order(tmp_path, drawn(tmp_path / "good", 24, size=96), tile=40, overlap=0.1))
+    opened = bundles.open_bundle(trained.folder, tmp_path / "trust")
+    image = draw_part(np.random.default_rng(5), 96, 96, True)
+    recipe = Recipe(cameras={"top": CameraRecipe(rois={"all": RoiRecipe(bundle="disc")})})
+    scores = []
+    for batch in (1, 2, 9, 16):
+        with OnnxEngine(opened, batch=batch) as engine:
+            found = Inspector(recipe, {"disc": engine}).inspect({"top": [frame(image)]}).findings[0].score
+            assert found is not None
+            scores.append(found)
+    assert scores == pytest.approx([scores[0]] * 4, rel=1e-4)
 
 
 def states(graph: Any) -> list[Any]:

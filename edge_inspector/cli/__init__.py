@@ -18,7 +18,15 @@ app = typer.Typer(
 )
 for _verb in (online.init, online.check, online.run, online.demo, online.doctor, online.watch, online.schema):
     app.command()(_verb)
-for _offline_verb in (offline.train, offline.evaluate, offline.generate, offline.inspect, offline.bench, offline.keygen, offline.sign):
+for _offline_verb in (
+    offline.train,
+    offline.evaluate,
+    offline.generate,
+    offline.inspect,
+    offline.bench,
+    offline.keygen,
+    offline.sign,
+):
     app.command()(_offline_verb)
 
 

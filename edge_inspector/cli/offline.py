@@ -321,7 +321,9 @@ def generate(
     if made.good:
         out.print(f"{made.good} good parts in {out_folder / 'test' / 'good'}; see drawn.png and walks.png beside it")
     else:
-        out.print(f"{opened.manifest.name} draws no good parts: its family, {opened.manifest.network.split(':')[0]}, draws features")
+        out.print(
+            f"{opened.manifest.name} draws no good parts: its family, {opened.manifest.network.split(':')[0]}, draws features"
+        )
     out.print(f"{made.defects} defects with masks in {out_folder / 'test'} and {out_folder / 'ground_truth'}")
 
 

@@ -123,9 +123,7 @@ def _copies(found: Sequence[Facts]) -> list[Remark]:
     return [Remark("warning", text, tuple(again))] if again else []
 
 
-def _near_copies(
-    found: Sequence[Facts], thumbnails: NDArray[np.float32], earlier: NDArray[np.float32]
-) -> list[Remark]:
+def _near_copies(found: Sequence[Facts], thumbnails: NDArray[np.float32], earlier: NDArray[np.float32]) -> list[Remark]:
     """Pictures that hardly differ from an earlier one, where a tenth of them or more do."""
     spread = float(np.median(np.linalg.norm(thumbnails - np.median(thumbnails, 0), axis=1)))
     near = [f.path for f, distance in zip(found, earlier, strict=True) if distance < _NEAR * spread]

@@ -80,7 +80,8 @@ def walk(rng: np.random.Generator, latent: int) -> NDArray[np.float32]:
     a, b = rng.standard_normal((2, latent))
     angle = np.arccos(np.clip(a @ b / np.linalg.norm(a) / np.linalg.norm(b), -1, 1))
     t = np.linspace(0, 1, _STEPS)[:, None]
-    return ((np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)).astype(np.float32)
+    walked: NDArray[np.float32] = ((np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)).astype(np.float32)
+    return walked
 
 
 def _sheet(rows: Sequence[Picture]) -> Picture:

@@ -112,12 +112,14 @@ def _texture(rng: Rng, picture: Picture, _: Picture) -> Filled:
 
 
 def _blurred(rng: Rng, picture: Picture, _: Picture) -> Filled:
-    return _with_channels(cv2.GaussianBlur(picture.astype(np.float32), (0, 0), rng.uniform(1.5, 5)))
+    soft: Filled = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), rng.uniform(1.5, 5))
+    return _with_channels(soft)
 
 
 def _toned(rng: Rng, picture: Picture, _: Picture) -> Filled:
     """The part itself, darker or brighter."""
-    return picture.astype(np.float32) + rng.choice((-1, 1)) * rng.uniform(30, 120)
+    toned: Filled = picture.astype(np.float32) + (1 if rng.random() < 0.5 else -1) * rng.uniform(30, 120)
+    return toned
 
 
 def _smeared(rng: Rng, picture: Picture, _: Picture) -> Filled:

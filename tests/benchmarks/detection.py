@@ -151,7 +151,7 @@ def measured(folder: Path, seed: int, work: Path) -> dict[str, Any]:
             fused = {name: networks.fused(terms, weights) for name, weights in sums.items()}
             fused |= {name: reference(f) for name, reference in alone.items()}
         for name, total in fused.items():
-            score, anomaly = networks.finished(total, valid, kernel, one)
+            score, anomaly = networks.finished(total, networks.judged(valid), kernel, one)
             scores[name] += score.tolist()
             maps[name] += list(anomaly.numpy())
         for (kind, path), image in zip(batch, images, strict=True):

@@ -3,7 +3,8 @@
 Good parts of FOLDER/train/good and FOLDER/test/good are thrown together. For each random split some are trained on, as
 `train` does (folds, weights, threshold), and the rest are judged by the network for all: is the share rejected above the
 promised one? Defective pictures are judged as well, for the recall. Features are computed once; with fewer --steps than the
-default the heads are worse than the product's, which a promise must survive. One line of JSON a split is appended to --out.
+default the heads are worse than the product's, which a promise must survive. One line of JSON a split is appended to --out, and what is
+there is not run again: one --out for each FOLDER.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ def part_of(material: Material, index: Tensor, folds: np.ndarray) -> Material:
     drawn = (WITHHELD * index[:, None] + torch.arange(WITHHELD)).flatten()
     return Material(
         material.good.some(index), material.jittered.some(index), material.spoiled.some(index),
-        material.withheld.some(drawn), material.valid[index], material.shown[index], folds, np.arange(len(index)),
+        material.withheld.some(drawn), material.judged[index], material.shown[index], folds, np.arange(len(index)),
     )  # fmt: skip
 
 
 @torch.no_grad()
-def judged(heads: networks.Heads, weights: dict[str, tuple[float, float]], store: Store, valid: Tensor, index: Tensor) -> np.ndarray:
+def judged(
+    heads: networks.Heads, weights: dict[str, tuple[float, float]], store: Store, counted: Tensor, index: Tensor
+) -> np.ndarray:
     """Scores of tiles by one network."""
     found = []
     for some in parts(index):
@@ -48,7 +51,7 @@ def judged(heads: networks.Heads, weights: dict[str, tuple[float, float]], store
         coarse = heads.generator.coarse(functional.avg_pool2d(f, 2))
         maps = torch.cat([heads.term(name, f, coarse) for name in networks.TERMS], 1)
         total = networks.fused(maps, weights)
-        found.append(networks.finished(total, valid[some], networks.smoothing_kernel(), torch.ones(()))[0].numpy())
+        found.append(networks.finished(total, counted[some, None], networks.smoothing_kernel(), torch.ones(()))[0].numpy())
     return np.concatenate(found)
 
 
@@ -66,7 +69,10 @@ def main() -> None:
         pool, bad = Path(scratch) / "pool", Path(scratch) / "bad"
         kinds = labelled(given.folder)
         goods = sorted((given.folder / "train" / "good").iterdir()) + kinds.pop("good")
-        for where, paths in ((pool, goods), (bad, [p for k in kinds.values() for p in k][:: max(1, sum(map(len, kinds.values())) // 100)])):
+        for where, paths in (
+            (pool, goods),
+            (bad, [p for k in kinds.values() for p in k][:: max(1, sum(map(len, kinds.values())) // 100)]),
+        ):
             where.mkdir()
             for number, path in enumerate(paths):
                 (where / f"{number:05d}{path.suffix}").symlink_to(path.resolve())
@@ -77,7 +83,8 @@ def main() -> None:
         spec = family.input_spec(surveyed, None, 0.0)
         material = gathered(surveyed.paths, surveyed.folds(family.folds), spec, None, run)
         defective = gathered(sorted(bad.iterdir()), np.zeros(len(list(bad.iterdir())), np.intp), spec, None, run)
-        for split in range(given.splits):
+        done = len(given.out.read_text().splitlines()) if given.out.exists() else 0
+        for split in range(done, given.splits):
             rng = np.random.default_rng(split)
             index = np.sort(rng.permutation(len(goods))[: given.pictures])
             rest = torch.from_numpy(np.setdiff1d(np.arange(len(goods)), index))
@@ -87,9 +94,9 @@ def main() -> None:
             crossed = fitting.cross_fit(ours, every)
             weights = fitting.weighed(crossed).weights
             held = crossed.scores(weights, spoiled=False).tolist()
-            fresh = judged(every[-1], weights, material.good, material.valid, rest)
-            wrong = judged(every[-1], weights, defective.good, defective.valid, torch.arange(len(defective.valid)))
-            line = {"set": given.folder.name, "split": split, "n": len(held), "fresh": len(fresh), "terms": sorted(weights)}
+            fresh = judged(every[-1], weights, material.good, material.judged, rest)
+            wrong = judged(every[-1], weights, defective.good, defective.judged, torch.arange(len(defective.judged)))
+            line: dict[str, object] = {"set": given.folder.name, "split": split, "n": len(held), "fresh": len(fresh), "terms": sorted(weights)}
             for alpha in ALPHAS:
                 made = scoring.promise(held, alpha, 0.95)
                 line[str(alpha)] = {
@@ -99,14 +106,19 @@ def main() -> None:
             with given.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             run.forget()
-    lines = [json.loads(line) for line in given.out.read_text().splitlines()]
+    summary(given.out)
+
+
+def summary(out: Path) -> None:
+    """In how many splits more was rejected than promised."""
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
     for name in dict.fromkeys(line["set"] for line in lines):
-        for alpha in map(str, ALPHAS):
-            ours_ = [line[alpha] for line in lines if line["set"] == name]
-            above = sum(line["false_rejects"] > float(alpha) for line in ours_)
-            recall = np.mean([line["recall"] for line in ours_])
-            print(f"{name}, {alpha}: kept {sum(line['kept'] for line in ours_)} of {len(ours_)} splits, share rejected above"
-                  f" it in {above}, mean recall {recall:.3f}")  # fmt: skip
+        for alpha in ALPHAS:
+            found = [line[str(alpha)] for line in lines if line["set"] == name]
+            above = sum(split["false_rejects"] > alpha for split in found)
+            recall = float(np.mean([split["recall"] for split in found]))
+            kept = sum(split["kept"] for split in found)
+            print(f"{name}, {alpha:.0%}: promised in {kept} of {len(found)} splits, more rejected in {above}, recall {recall:.3f}")
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ class FeatureAnoganGraph(nn.Module):
         f = self.heads.standardised(patches(*self.backbone(image.float().permute(0, 3, 1, 2))))
         coarse = self.heads.generator.coarse(functional.avg_pool2d(f, 2))
         terms = [(self.heads.term(name, f, coarse) - mean) * weight for name, (mean, weight) in self.weights.items()]
-        score, anomaly = finished(torch.stack(terms).sum(0), valid, self.kernel, self.unit)
+        score, anomaly = finished(torch.stack(terms).sum(0), judged(valid), self.kernel, self.unit)
         return score, anomaly, self.exemplars(coarse)
 
 
@@ -225,12 +225,13 @@ def fused(maps: Tensor, weights: dict[str, tuple[float, float]]) -> Tensor:
     return torch.stack(terms).sum(0)
 
 
-def finished(fused: Tensor, valid: Tensor, kernel: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted sum of terms [N, 1, h, w] -> score [N] and map [N, h, w]: smoothed, only what is judged, in units.
+def judged(valid: Tensor) -> Tensor:
+    """Valid uint8 [N, H, W] -> 1 or 0 [N, 1, h, w]: a place counts as soon as one of its pixels does, so none is left out."""
+    return functional.max_pool2d(valid.float().unsqueeze(1), STRIDE).clamp(max=1.0)
 
-    A place counts as soon as one of its pixels is valid: nothing that should be judged is left out.
-    """
-    judged = functional.max_pool2d(valid.float().unsqueeze(1), STRIDE).clamp(max=1.0)
+
+def finished(fused: Tensor, counted: Tensor, kernel: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sum of terms [N, 1, h, w] -> score [N] and map [N, h, w]: smoothed, only what counts, in units."""
     smooth = functional.conv2d(fused, kernel, padding=kernel.shape[-1] // 2)
-    anomaly = (smooth / unit).clamp(min=0.0) * judged
+    anomaly = (smooth / unit).clamp(min=0.0) * counted
     return anomaly.amax((1, 2, 3)), anomaly.squeeze(1)

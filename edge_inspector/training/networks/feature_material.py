@@ -80,8 +80,8 @@ class Material:
     """LEARNED defects, drawn into the jittered tiles."""
     withheld: Store
     """WITHHELD defects, `WITHHELD` for each good tile, in order."""
-    valid: Tensor
-    """[tiles, H, W] of good tiles."""
+    judged: Tensor
+    """Bool [tiles, h, w]: places of good tiles that count."""
     shown: Tensor
     """uint8 [tiles, H / 2, W / 2, 3] good tiles, to show."""
     fold: NDArray[np.intp]
@@ -190,27 +190,25 @@ class _Gatherer:
             self._flush(store)
 
 
-def gathered(
-    paths: Sequence[Path], folds: NDArray[np.intp], spec: InputSpec, window: Window | None, run: Run
-) -> Material:
+def gathered(paths: Sequence[Path], folds: NDArray[np.intp], spec: InputSpec, window: Window | None, run: Run) -> Material:
     """Features of pictures, of their jittered copies, and of copies with drawn defects. Raises PictureError."""
-    sizes = [pictures.read(path).shape[:2] for path in paths]
-    shared = {size: preprocess.Plan(spec, Roi(), *size, window) for size in set(sizes)}
+    sizes = [pictures.read(path).shape for path in paths]
+    shared = {size: preprocess.Plan(spec, Roi(), size[0], size[1], window) for size in set(sizes)}
     plans = [shared[size] for size in sizes]
     owner = np.repeat(np.arange(len(paths)), [len(plan.tiles) for plan in plans])
     gatherer = _Gatherer(spec, len(owner), run)
-    valid = torch.empty(len(owner), spec.height, spec.width, dtype=torch.uint8)
+    judged = torch.empty(len(owner), gatherer.h, gatherer.w, dtype=torch.bool)
     shown = torch.empty(len(owner), spec.height // 2, spec.width // 2, 3, dtype=torch.uint8)
     for number, (path, plan) in enumerate(zip(paths, plans, strict=True)):
         images, masks = plan.buffers()
         plan.fill(pictures.read(path), images, masks)
         rows = np.flatnonzero(owner == number)
         gatherer.add(number, int(rows[0]), plan, images)
-        valid[rows] = torch.from_numpy(masks)
+        judged[rows] = networks.judged(torch.from_numpy(masks)).squeeze(1) > 0
         half = [_resized(tile, (spec.width // 2, spec.height // 2), cv2.INTER_AREA) for tile in images]
         shown[rows] = torch.from_numpy(np.stack(half))
         run.tell("features", number + 1, len(paths))
         run.stop_if_asked()
     gatherer.finish()
     g = gatherer
-    return Material(g.good, g.jittered, g.spoiled, g.withheld, valid, shown, folds[owner], owner)
+    return Material(g.good, g.jittered, g.spoiled, g.withheld, judged, shown, folds[owner], owner)
