@@ -35,6 +35,7 @@ from edge_inspector.training.run import Progress, Run  # noqa: E402
 
 TINY = Fanogan(side=32, width=4, batch=8, critic_steps=1, gan_steps=6, encoder_steps=60)
 SMALL = FeatureAnogan(side=64, prototypes=64, steps=30)
+INT8 = dataclasses.replace(SMALL, int8=True)
 
 
 def drawn(folder: Path, count: int, *, defect: bool = False, size: int = 32) -> Path:
@@ -55,12 +56,13 @@ def order(tmp_path: Path, folder: Path, **more: object) -> Order:
     return Order(**{**values, **more})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", [TINY, SMALL], ids=["fanogan", "feature-anogan"])
+@pytest.mark.parametrize("family", [TINY, SMALL, INT8], ids=["fanogan", "feature-anogan", "int8"])
 def test_a_folder_of_good_parts_becomes_a_signed_bundle_that_keeps_its_word(tmp_path: Path, family: Family) -> None:
     steps: list[Progress] = []
     trained = training.train(order(tmp_path, drawn(tmp_path / "good", 60), family=family), steps.append)
     opened = bundles.open_bundle(trained.folder, tmp_path / "trust")
     manifest = opened.manifest
+    assert (b"QuantizeLinear" in opened.network.read_bytes()) == (family is INT8)
     assert {"reading", "detection limit"} < {step.stage for step in steps}
     assert all(1 <= step.step <= step.steps for step in steps)
     assert trained.parity < 1e-4
@@ -74,7 +76,7 @@ def test_a_folder_of_good_parts_becomes_a_signed_bundle_that_keeps_its_word(tmp_
         drawn(tmp_path / "test" / "scratch", 10, defect=True)
         found = training.evaluate(engine, tmp_path)
     assert found.detection is not None
-    if family is SMALL:
+    if family is not TINY:
         assert found.detection.auroc > 0.9  # drawn scratches are no riddle
     assert found.escape.n == found.false_reject.n == 10
     assert set(found.escape_by_kind) == set(found.auroc_by_kind) == {"scratch"}

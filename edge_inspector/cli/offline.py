@@ -111,6 +111,7 @@ def train(
     alpha: Annotated[float, typer.Option(min=0.0001, max=0.5, help="share of good parts that may be rejected")] = 0.05,
     seed: Annotated[int, typer.Option()] = 1,
     steps: Annotated[int | None, typer.Option(min=20, help="feature-anogan: steps of G and of D [400]")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="feature-anogan: an INT8 backbone, everything fitted to it")] = False,
     width: Annotated[int | None, typer.Option(min=4, max=64, help="fanogan: width of the network [64, the paper's]")] = None,
     gan_steps: Annotated[int | None, typer.Option(min=1, help="fanogan [800]")] = None,
     encoder_steps: Annotated[int | None, typer.Option(min=1, help="fanogan [2400]")] = None,
@@ -131,7 +132,14 @@ def train(
         from edge_inspector.training.orders import train as run  # noqa: PLC0415
     except ImportError as error:
         raise InspectorError(f"training is not installed: {error}", hint='pip install "edge-inspector[train]"') from error
-    given = {"side": size, "steps": steps, "width": width, "gan_steps": gan_steps, "encoder_steps": encoder_steps}
+    given = {
+        "side": size,
+        "steps": steps,
+        "int8": int8 or None,
+        "width": width,
+        "gan_steps": gan_steps,
+        "encoder_steps": encoder_steps,
+    }
     order = Order(
         folder=folder, out=out_folder / (name or product), product=product, name=name or product, key=signing,
         release=release, family=_family(family, given), seed=seed, tile=tile, overlap=overlap,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -16,6 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edge_inspector.errors import TrainingError
 from edge_inspector.graphs import OPSET
+from edge_inspector.training import quantise
+from edge_inspector.training.networks import feature_anogan as networks
+from edge_inspector.training.networks.backbone import Backbone
 
 PARITY = 1e-4
 """Largest allowed difference between PyTorch and ONNX Runtime, relative to the largest score."""
@@ -35,7 +40,28 @@ def export(graph: nn.Module, path: Path, example: NDArray[np.uint8]) -> None:
     """Write the graph with inputs image and valid, outputs score, map, expected. example: uint8 [1, H, W, C]."""
     image = torch.from_numpy(example)
     valid = torch.ones(image.shape[:3], dtype=torch.uint8)
-    write(graph.cpu(), (image, valid), path, ["image", "valid"], ["score", "map", "expected"])
+    outputs = ["score", "map", "expected"]
+    backbone = getattr(graph, "backbone", None)
+    if not isinstance(backbone, quantise.FileBackbone):
+        write(graph.cpu(), (image, valid), path, ["image", "valid"], outputs)
+        return
+    before, after = _Calling(networks.as_pixels), _Calling(graph.judge)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        front, rest = Path(folder) / "front.onnx", Path(folder) / "rest.onnx"
+        write(before, (image,), front, ["image"], ["pixels"])
+        write(after, (*backbone(networks.as_pixels(image)), valid), rest, ["early", "late", "valid"], outputs)
+        quantise.joined([front, backbone.path, rest], path)
+
+
+class _Calling(nn.Module):
+    """A function, as a module that can be exported."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *given: Tensor) -> Any:
+        return self.function(*given)
 
 
 def parity(graph: nn.Module, path: Path, tiles: NDArray[np.uint8]) -> float:
@@ -61,6 +87,8 @@ def cost(graph: nn.Module, path: Path, example: NDArray[np.uint8]) -> dict[str, 
     valid = torch.ones(image.shape[:3], dtype=torch.uint8)
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         graph(image, valid)
+        if isinstance(getattr(graph, "backbone", None), quantise.FileBackbone):
+            Backbone()(networks.as_pixels(image))  # what the file computes is not seen from here
     return {
         "gmac": counted.get_total_flops() / 2e9,
         "megabytes": path.stat().st_size / 1e6,

@@ -96,7 +96,13 @@ def main() -> None:
             held = crossed.scores(weights, spoiled=False).tolist()
             fresh = judged(every[-1], weights, material.good, material.judged, rest)
             wrong = judged(every[-1], weights, defective.good, defective.judged, torch.arange(len(defective.judged)))
-            line: dict[str, object] = {"set": given.folder.name, "split": split, "n": len(held), "fresh": len(fresh), "terms": sorted(weights)}
+            line: dict[str, object] = {
+                "set": given.folder.name,
+                "split": split,
+                "n": len(held),
+                "fresh": len(fresh),
+                "terms": sorted(weights),
+            }
             for alpha in ALPHAS:
                 made = scoring.promise(held, alpha, 0.95)
                 line[str(alpha)] = {
@@ -118,7 +124,9 @@ def summary(out: Path) -> None:
             above = sum(split["false_rejects"] > alpha for split in found)
             recall = float(np.mean([split["recall"] for split in found]))
             kept = sum(split["kept"] for split in found)
-            print(f"{name}, {alpha:.0%}: promised in {kept} of {len(found)} splits, more rejected in {above}, recall {recall:.3f}")
+            print(
+                f"{name}, {alpha:.0%}: promised in {kept} of {len(found)} splits, more rejected in {above}, recall {recall:.3f}"
+            )
 
 
 if __name__ == "__main__":

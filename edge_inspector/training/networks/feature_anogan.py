@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edge_inspector.training.networks.backbone import CHANNELS, Backbone
+from edge_inspector.training.networks.backbone import CHANNELS
 
 STRIDE = 8
 DEPTH = sum(CHANNELS)
@@ -28,6 +28,11 @@ TERMS = ("gaussian", "bank", "discriminator")
 _WIDTH, _LATENT, _HIDDEN = 64, 32, 256
 _SMOOTHING = 0.9
 """Sigma of the final blur, in feature places."""
+
+
+def as_pixels(image: Tensor) -> Tensor:
+    """Uint8 [N, H, W, 3] -> what a backbone takes, float [N, 3, H, W]."""
+    return image.float().permute(0, 3, 1, 2)
 
 
 def patches(early: Tensor, late: Tensor) -> Tensor:
@@ -191,7 +196,9 @@ class Exemplars(nn.Module):
 class FeatureAnoganGraph(nn.Module):
     """The one graph that is exported: pixels in, score, map and expected appearance out."""
 
-    def __init__(self, backbone: Backbone, heads: Heads, exemplars: Exemplars, weights: dict[str, tuple[float, float]]) -> None:
+    def __init__(
+        self, backbone: nn.Module, heads: Heads, exemplars: Exemplars, weights: dict[str, tuple[float, float]]
+    ) -> None:
         """weights: for each term that is used, its mean over good parts and its weight over its spread there."""
         super().__init__()
         self.backbone, self.heads, self.exemplars, self.weights = backbone, heads, exemplars, weights
@@ -203,7 +210,11 @@ class FeatureAnoganGraph(nn.Module):
 
     def forward(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image uint8 [N, H, W, 3] RGB, valid uint8 [N, H, W] (0 = not judged) -> score [N], map [N, h, w], expected."""
-        f = self.heads.standardised(patches(*self.backbone(image.float().permute(0, 3, 1, 2))))
+        return self.judge(*self.backbone(as_pixels(image)), valid)
+
+    def judge(self, early: Tensor, late: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Everything after the backbone."""
+        f = self.heads.standardised(patches(early, late))
         coarse = self.heads.generator.coarse(functional.avg_pool2d(f, 2))
         terms = [(self.heads.term(name, f, coarse) - mean) * weight for name, (mean, weight) in self.weights.items()]
         score, anomaly = finished(torch.stack(terms).sum(0), judged(valid), self.kernel, self.unit)

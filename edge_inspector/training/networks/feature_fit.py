@@ -307,6 +307,8 @@ class FeatureAnogan:
     folds: int = 3
     most_pictures: int = 1000
     """Of more pictures so many are taken, evenly; the promise needs no more."""
+    int8: bool = False
+    """Quantise the backbone first, and fit everything to its features."""
 
     def __post_init__(self) -> None:
         if not 64 <= self.side <= 1024:
@@ -326,13 +328,14 @@ class FeatureAnogan:
         """Features once; heads for each fold and for all; weights and scores from the folds."""
         count = len(surveyed.paths)
         taken = np.unique(np.linspace(0, count - 1, min(count, self.most_pictures)).round().astype(int))
-        material = gathered([surveyed.paths[i] for i in taken], surveyed.folds(self.folds)[taken], spec, window, run)
+        material = gathered([surveyed.paths[i] for i in taken], surveyed.folds(self.folds)[taken], spec, window, run,
+                            int8=self.int8)  # fmt: skip
         about = {"seed": run.seed, "digest": surveyed.digest, "input": spec.model_dump(), "window": window}
         settings = self if run.left_s() is None else self._affordable(material, run, key_of({**asdict(self), **about}))
         every = settings.heads(material, run, key_of({**asdict(settings), **about}))
         crossed, heads = cross_fit(material, every), every[-1]
         weighing = weighed(crossed)
-        graph = networks.FeatureAnoganGraph(Backbone(), heads, _exemplars(heads, material, run), weighing.weights).eval()
+        graph = networks.FeatureAnoganGraph(material.backbone, heads, _exemplars(heads, material, run), weighing.weights).eval()
         scores = np.full(count, np.nan)
         np.fmax.at(scores, taken[material.picture], crossed.scores(weighing.weights, spoiled=False))
         return Fitted(

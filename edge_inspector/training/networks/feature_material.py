@@ -8,24 +8,24 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from edge_inspector import pictures, preprocess
 from edge_inspector.bundles import InputSpec
 from edge_inspector.preprocess import Window
 from edge_inspector.roi import Roi
-from edge_inspector.training import export, synthesis
+from edge_inspector.training import export, quantise, synthesis
+from edge_inspector.training.data import load_tiles
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks.backbone import CHANNELS, Backbone
 from edge_inspector.training.run import Run
 
 WITHHELD = 2
 """Drawn defects of withheld families per picture, to weigh the terms with."""
-_BATCH, _POOL = 8, 32
+_BATCH, _POOL, _RANGES = 8, 32, 32
 Drawn = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """Picture [H, W, 3] and mask [H, W]."""
 
@@ -88,29 +88,33 @@ class Material:
     """[tiles]"""
     picture: NDArray[np.intp]
     """[tiles]"""
+    backbone: nn.Module
+    """What made the features, for the graph."""
 
 
 class Extractor:
     """The backbone, run by what is fastest: PyTorch on a GPU, ONNX Runtime on the CPU (a third of PyTorch's time)."""
 
-    def __init__(self, height: int, width: int, run: Run) -> None:
-        self.device, self.backbone = run.device, Backbone().to(run.device)
-        self.session = None
-        if self.device.type == "cpu":
+    def __init__(self, height: int, width: int, run: Run, ranges: NDArray[np.uint8] | None = None) -> None:
+        """`ranges`: pictures uint8 [N, H, W, 3] that the ranges of an INT8 backbone come from; None for a float one."""
+        self.device, self.backbone = run.device, Backbone()
+        self.fast: nn.Module = self.backbone.to(run.device)
+        self.exported: nn.Module = self.backbone
+        """For the graph: PyTorch's own, unless it is quantised."""
+        if self.device.type == "cpu" or ranges is not None:
             path = run.folder / f"backbone-{run.rank}.onnx"
-            example = torch.zeros(1, 3, height, width)
-            export.write(self.backbone, (example,), path, ["pixels"], ["early", "late"])
-            self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            path.unlink()
+            export.write(self.backbone.cpu(), (torch.zeros(1, 3, height, width),), path, ["pixels"], ["early", "late"])
+            if ranges is not None:
+                quantised = path.with_stem(f"{path.stem}-int8")
+                quantise.quantise(path, ranges, quantised)
+                path, self.device = quantised, torch.device("cpu")
+                self.exported = quantise.FileBackbone(path)
+            self.fast = quantise.FileBackbone(path)
 
     def __call__(self, images: list[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:
         """Images uint8 [H, W, 3] RGB -> features of stride 8 and 16, on the CPU."""
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
-        if self.session is not None:
-            early, late = (torch.from_numpy(a) for a in self.session.run(None, {"pixels": pixels.contiguous().numpy()}))
-        else:
-            with torch.no_grad():
-                early, late = self.backbone(pixels.to(self.device))
+        with torch.no_grad():
+            early, late = self.fast(networks.as_pixels(torch.from_numpy(np.stack(images)).to(self.device)))
         return early.cpu(), late.cpu()
 
 
@@ -137,10 +141,9 @@ def _resized(picture: NDArray[np.uint8], size: tuple[int, int], interpolation: i
 class _Gatherer:
     """Turns pictures into Material, a batch at a time."""
 
-    def __init__(self, spec: InputSpec, tiles: int, run: Run) -> None:
-        self.spec, self.run = spec, run
+    def __init__(self, spec: InputSpec, tiles: int, extractor: Extractor, run: Run) -> None:
+        self.run, self.extractor = run, extractor
         self.h, self.w = spec.height // networks.STRIDE, spec.width // networks.STRIDE
-        self.extractor = Extractor(spec.height, spec.width, run)
         self.good, self.jittered, self.spoiled = (Store(tiles, self.h, self.w) for _ in range(3))
         self.withheld = Store(WITHHELD * tiles, self.h, self.w)
         self.waiting: dict[Store, list[tuple[int, NDArray[np.uint8]]]] = {}
@@ -190,13 +193,17 @@ class _Gatherer:
             self._flush(store)
 
 
-def gathered(paths: Sequence[Path], folds: NDArray[np.intp], spec: InputSpec, window: Window | None, run: Run) -> Material:
+def gathered(
+    paths: Sequence[Path], folds: NDArray[np.intp], spec: InputSpec, window: Window | None, run: Run, *, int8: bool = False
+) -> Material:
     """Features of pictures, of their jittered copies, and of copies with drawn defects. Raises PictureError."""
     sizes = [pictures.read(path).shape for path in paths]
     shared = {size: preprocess.Plan(spec, Roi(), size[0], size[1], window) for size in set(sizes)}
     plans = [shared[size] for size in sizes]
     owner = np.repeat(np.arange(len(paths)), [len(plan.tiles) for plan in plans])
-    gatherer = _Gatherer(spec, len(owner), run)
+    ranges = load_tiles(paths[:: max(1, len(paths) // _RANGES)], spec, window).images[:_RANGES] if int8 else None
+    extractor = Extractor(spec.height, spec.width, run, ranges)
+    gatherer = _Gatherer(spec, len(owner), extractor, run)
     judged = torch.empty(len(owner), gatherer.h, gatherer.w, dtype=torch.bool)
     shown = torch.empty(len(owner), spec.height // 2, spec.width // 2, 3, dtype=torch.uint8)
     for number, (path, plan) in enumerate(zip(paths, plans, strict=True)):
@@ -211,4 +218,4 @@ def gathered(paths: Sequence[Path], folds: NDArray[np.intp], spec: InputSpec, wi
         run.stop_if_asked()
     gatherer.finish()
     g = gatherer
-    return Material(g.good, g.jittered, g.spoiled, g.withheld, judged, shown, folds[owner], owner)
+    return Material(g.good, g.jittered, g.spoiled, g.withheld, judged, shown, folds[owner], owner, extractor.exported)
