@@ -23,6 +23,7 @@ from edge_inspector.cli.shown import BundleArgument, JsonOption, TrustOption, co
 from edge_inspector.errors import InspectorError
 
 if TYPE_CHECKING:
+    from edge_inspector.bundles import Bundle
     from edge_inspector.training.data import Pictures
     from edge_inspector.training.orders import Order, Trained
     from edge_inspector.training.run import Progress as Step
@@ -163,6 +164,11 @@ def train(
     out.print(f"report: {trained.folder / 'report.html'}")
 
 
+def _batch(bundle: Bundle) -> int:
+    """A whole picture is one tile; of many tiles some go together."""
+    return 1 if bundle.manifest.input.tile is None else 4
+
+
 def evaluate(
     bundle: BundleArgument,
     folder: Annotated[Path, typer.Argument(help="labelled pictures: good/ and one subfolder for each kind of defect")],
@@ -176,7 +182,8 @@ def evaluate(
     from edge_inspector.training.evaluation import labelled  # noqa: PLC0415
 
     total = sum(len(paths) for paths in labelled(folder).values())
-    with OnnxEngine(open_bundle(bundle, trust), batch=4) as engine, _bar() as bar:
+    opened = open_bundle(bundle, trust)
+    with OnnxEngine(opened, batch=_batch(opened)) as engine, _bar() as bar:
         task = bar.add_task("judging", total=total, figures="")
         found = run(engine, folder, lambda: bar.advance(task))
     if as_json:
@@ -229,7 +236,7 @@ def inspect(
     recipe = Recipe(cameras={"file": CameraRecipe(rois={"whole": RoiRecipe(bundle=name)}, intensity_window=window)})
     paths = [path for given in files for path in (pictures.listed(given) if given.is_dir() else [given])]
     results, not_passed, unreadable = [], 0, 0
-    with OnnxEngine(opened, batch=4) as engine:
+    with OnnxEngine(opened, batch=_batch(opened)) as engine:
         inspector = Inspector(recipe, {name: engine})
         for number, path in enumerate(paths):
             now = utc_now()
