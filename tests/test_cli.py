@@ -50,7 +50,7 @@ def test_check_tries_broker_cameras_bundles_and_recipes(tmp_path: Path, mosquitt
     assert done.returncode == 0, done.stdout
     assert "answers, MQTT 5" in done.stdout
     assert "128x128" in done.stdout
-    assert "4 tile(s)" in done.stdout
+    assert "1 tile(s)" in done.stdout
     bad = device_folder(tmp_path / "bad", free_port(), line_yaml("dir:///nowhere", bundle="nothing"))
     done = run("check", "--config", str(bad / "device.yaml"))
     assert done.returncode == 1
@@ -135,7 +135,7 @@ def test_train_says_what_is_wrong_before_it_starts(tmp_path: Path) -> None:
     assert "between 64 and 1024" in run(*few, "--size", "50", cwd=tmp_path).stderr
     assert "must be one of" in run(*few, "--family", "fanogan", "--size", "50", cwd=tmp_path).stderr
     assert "--width: feature-anogan has no such setting" in run(*few, "--width", "8", cwd=tmp_path).stderr
-    done = run("train", str(RECORDING), "--product", "x", "--size", "32", "--width", "4", "--gan-steps", "2",
+    done = run("train", str(RECORDING), "--product", "x", "--family", "fanogan", "--size", "32", "--width", "4", "--gan-steps", "2",
                "--encoder-steps", "40", "--json", "--tile", "64", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)

@@ -147,7 +147,11 @@ def train(
         intensity_window=intensity_window, alpha=alpha, device=device, restart=restart, minutes=minutes,
         latency_ms=latency_ms,         command=f"edge-inspector {shlex.join(sys.argv[1:])}",
     )  # fmt: skip
-    trained = _trained(order, run)
+    _told(_trained(order, run), alpha, as_json=as_json)
+
+
+def _told(trained: Trained, alpha: float, *, as_json: bool) -> None:
+    """What was made, for programs or people."""
     if as_json and not out.quiet:
         print_json({
             "bundle": str(trained.folder), "threshold": trained.promise.threshold, "kept": trained.promise.kept,
