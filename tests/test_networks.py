@@ -98,6 +98,13 @@ def test_every_choice_of_terms_is_exported_to_the_same_figures(
     assert export.parity(graph, tmp_path / "network.onnx", images) < 1e-4
 
 
+def test_a_network_that_finds_nothing_odd_is_compared_too(fitted: networks.FeatureAnoganGraph, tmp_path: Path) -> None:
+    graph = networks.FeatureAnoganGraph(fitted.backbone, fitted.heads, fitted.exemplars, {"bank": (1e6, 1.0)}).eval()
+    export.export(graph, tmp_path / "network.onnx", part())
+    assert graph(torch.from_numpy(part()), torch.ones(1, 64, 64, dtype=torch.uint8))[0].item() == 0
+    assert export.parity(graph, tmp_path / "network.onnx", part()) == 0
+
+
 def test_the_gaussian_is_mahalanobis_with_a_mean_for_each_place() -> None:
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(networks.DEPTH, 8, 4, generator=generator)

@@ -23,7 +23,7 @@ from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks.backbone import Backbone
 
 PARITY = 1e-4
-"""Largest allowed difference between PyTorch and ONNX Runtime, relative to the largest score."""
+"""Largest allowed difference between PyTorch and ONNX Runtime, relative to the largest score or the unit of scores."""
 
 
 def write(network: nn.Module, examples: tuple[Tensor, ...], path: Path, inputs: list[str], outputs: list[str]) -> None:
@@ -65,13 +65,16 @@ class _Calling(nn.Module):
 
 
 def parity(graph: nn.Module, path: Path, tiles: NDArray[np.uint8]) -> float:
-    """Largest relative difference of scores and maps on real tiles. Raises TrainingError above PARITY."""
+    """Largest relative difference of scores and maps on real tiles. Raises TrainingError above PARITY.
+
+    A network may find nothing at all odd about parts it was fitted to, and score them 0: hence the unit, a median part's.
+    """
     valid = np.ones(tiles.shape[:3], np.uint8)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     found = session.run(["score", "map"], {"image": tiles, "valid": valid})
     with torch.no_grad():
         wanted = [out.numpy() for out in graph(torch.from_numpy(tiles), torch.from_numpy(valid))[:2]]
-    scale = float(np.abs(wanted[0]).max())
+    scale = max(1.0, float(np.abs(wanted[0]).max()))
     worst = max(float(np.abs(a - b).max()) for a, b in zip(found, wanted, strict=True)) / scale
     if not worst <= PARITY:
         raise TrainingError(

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_inspector import bundles, scoring
 from edge_inspector.bundles import NAME_PATTERN, Bundle, Calibration, FileEntry, InputSpec, Manifest, Sample, TrainedOn
-from edge_inspector.errors import TrainingError
+from edge_inspector.errors import InspectorError, TrainingError
 from edge_inspector.frames import utc_now
 from edge_inspector.preprocess import Window
 from edge_inspector.results import Verdict
@@ -111,9 +111,21 @@ def train(
             f"{order.device}: out of memory: {str(error).splitlines()[0]}",
             hint="close what else uses the GPU, give a smaller --size, or train with --device cpu",
         ) from error
-    trained = _bundle(order, surveyed, spec, fitted, run) if run.first else None
-    finished: Trained = run.shared(trained, 0)
-    return finished
+    return _told(run, lambda: _bundle(order, surveyed, spec, fitted, run))
+
+
+def _told(run: Run, make: Callable[[], Trained]) -> Trained:
+    """What the first process makes, or why it could not, in every process: none is left waiting for it."""
+    outcome: Trained | InspectorError | None = None
+    if run.first:
+        try:
+            outcome = make()
+        except InspectorError as error:
+            outcome = error
+    outcome = run.shared(outcome, 0)
+    if not isinstance(outcome, Trained):
+        raise outcome
+    return outcome
 
 
 def _make(folder: Path) -> None:
