@@ -71,7 +71,8 @@ def test_near_copies_are_counted(tmp_path: Path) -> None:
         if n % 2 == 0:
             return image
         before = draw_part(np.random.default_rng(n - 1), 64, 64, False).astype(np.int16)
-        return np.clip(before + np.random.default_rng(n).integers(-2, 3, before.shape), 0, 255).astype(np.uint8)
+        noisy = before + np.random.default_rng(n).integers(-2, 3, before.shape)
+        return np.asarray(np.clip(noisy, 0, 255), np.uint8)
 
     assert len(only(said(folder(tmp_path, filmed)), "near copies").paths) >= 10
 

@@ -85,6 +85,8 @@ def test_a_folder_of_good_parts_becomes_a_signed_bundle_that_keeps_its_word(tmp_
     assert "edge-inspector train x" in page
     assert "at most 0.1 of good parts rejected" in page
     assert "Detection limit" in page
+    assert page.count("<polyline") == (3 if family is TINY else 8)
+    assert ("what G draws freely" if family is TINY else "neither the parts nor such defects") in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     made = generation.generate(opened, tmp_path / "drawn", 5, seed=1)
     assert (made.good, made.defects) == (5 if family is TINY else 0, 10)
@@ -151,7 +153,11 @@ def test_an_interrupted_flagship_resumes_to_the_same_network(tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         SMALL.fit(surveyed, spec, None, stopped)
     seen.clear()
-    resumed = SMALL.fit(surveyed, spec, None, Run(tmp_path / "b", on_progress=seen.append))
+    run = Run(tmp_path / "b", on_progress=seen.append)
+    resumed = SMALL.fit(surveyed, spec, None, run)
+    assert {f"generator {n}" for n in ("1 of 3", "2 of 3", "3 of 3", "for all")} < set(run.losses)
+    sheets = [pictures.read(tmp_path / "b" / f"sheet-heads-{fold}.png") for fold in range(3)]
+    assert all(sheet.shape[0] == 64 and sheet.shape[1] % 32 == 0 for sheet in sheets)
     assert not any("1 of 3" in step.stage for step in seen)
     assert all(torch.equal(a, b) for a, b in zip(states(whole.graph), states(resumed.graph), strict=True))
     assert np.array_equal(whole.scores, resumed.scores)

@@ -111,10 +111,10 @@ def train(
             f"{order.device}: out of memory: {str(error).splitlines()[0]}",
             hint="close what else uses the GPU, give a smaller --size, or train with --device cpu",
         ) from error
-    return _told(run, lambda: _bundle(order, surveyed, spec, fitted, run))
+    return _everywhere(run, lambda: _bundle(order, surveyed, spec, fitted, run))
 
 
-def _told(run: Run, make: Callable[[], Trained]) -> Trained:
+def _everywhere(run: Run, make: Callable[[], Trained]) -> Trained:
     """What the first process makes, or why it could not, in every process: none is left waiting for it."""
     outcome: Trained | InspectorError | None = None
     if run.first:
@@ -165,15 +165,16 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
             "threshold": promise.threshold, "scale": scale,
         }
     )  # fmt: skip
-    ranked = [surveyed.paths[i] for i in np.argsort(scores) if known[i]]
+    ascending = [i for i in np.argsort(scores) if known[i]]
+    ranked = [surveyed.paths[i] for i in ascending]
     with OnnxEngine(Bundle(part, manifest, "", "")) as engine:
         samples = calibrate.limit_samples(engine, ranked, promise.threshold, part)
         limit = limits.curve(engine, ranked, run.rng(), lambda done, count: run.tell("detection limit", done, count))
-        extremes = report.extremes(engine, ranked)
+        extremes = report.extremes(engine, ranked, scores[ascending].tolist())
     metrics = {"parity": parity, **fitted.figures, **cost, **limit.figures()}
     manifest = manifest.model_copy(update={"samples": samples, "metrics": metrics})
-    page = report.render(manifest, promise, surveyed, fitted.notes, limit, _thinned(sorted(run.folder.glob("sheet-*.png"))),
-                         extremes, part)  # fmt: skip
+    sheets = _thinned(sorted(run.folder.glob("sheet-*.png")))
+    page = report.render(manifest, promise, surveyed, fitted, limit, sheets, run.losses, extremes, part)
     (part / bundles.REPORT).write_text(page)
     manifest = manifest.model_copy(update={"files": bundles.file_entries(part)})
     bundles.write_manifest(part, manifest)

@@ -20,6 +20,7 @@ from edge_inspector.scoring import Promise
 from edge_inspector.training import audit
 from edge_inspector.training.data import Pictures
 from edge_inspector.training.limits import Curve
+from edge_inspector.training.networks import Fitted
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}"
@@ -37,20 +38,20 @@ class Extreme:
     """A good part with what the network makes of it."""
 
     path: Path
-    score: float
     picture: Pixels
     """As `pictures.explanation` gives it."""
 
 
-def extremes(engine: Engine, ranked: Sequence[Path]) -> tuple[list[Extreme], list[Extreme]]:
-    """The most ordinary and the oddest good parts of pictures ranked by score, seen by an open engine."""
+def extremes(engine: Engine, ranked: Sequence[Path], scores: Sequence[float]) -> tuple[list[Extreme], list[Extreme]]:
+    """The most ordinary and the oddest good parts, seen by an open engine; ranked by their scores, which are as given."""
+    shown = list(zip(ranked, scores, strict=True))
     return (
-        [_explained(engine, path) for path in ranked[:_EXTREMES]],
-        [_explained(engine, path) for path in ranked[: -_EXTREMES - 1 : -1]],
+        [_explained(engine, *part) for part in shown[:_EXTREMES]],
+        [_explained(engine, *part) for part in shown[: -_EXTREMES - 1 : -1]],
     )
 
 
-def _explained(engine: Engine, path: Path) -> Extreme:
+def _explained(engine: Engine, path: Path, unseen: float) -> Extreme:
     manifest = engine.bundle.manifest
     image = pictures.read(path)
     plan = preprocess.Plan(manifest.input, Roi(), image.shape[0], image.shape[1], manifest.training.intensity_window)
@@ -69,8 +70,8 @@ def _explained(engine: Engine, path: Path) -> Extreme:
     anomaly = plan.stitched(np.stack(maps))
     expected = plan.stitched(np.stack(drawn)) if drawn else None
     regions = plan.regions(anomaly, manifest.threshold, None) if score > manifest.threshold else ()
-    shown = pictures.explanation(image, anomaly, manifest.threshold, regions, expected, f"{path.name}  score {score:.3f}")
-    return Extreme(path, score, shown)
+    title = f"{path.name}: {unseen:.3f} to a network that did not know it, {score:.3f} to this one"
+    return Extreme(path, pictures.explanation(image, anomaly, manifest.threshold, regions, expected, title))
 
 
 def _embedded(image: Pixels, width: int | None = None) -> str:
@@ -92,6 +93,36 @@ def _histogram(scores: Sequence[float], promise: Promise) -> str:
         f' fill="#fe9" opacity="0.6"/>{bars}<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="150" stroke="#c00"/>'
         f'<text x="0" y="168" font-size="12">0</text><text x="{x:.1f}" y="168" font-size="12" fill="#c00"'
         f' text-anchor="middle">threshold {promise.threshold:.3g}</text></svg>'
+    )
+
+
+def _charts(losses: dict[str, dict[int, dict[str, float]]]) -> str:
+    """A chart for each figure that was told, with a line for each stage."""
+    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for stage, told in losses.items():
+        for step, figures in sorted(told.items()):
+            for name, value in figures.items():
+                lines.setdefault(name, {}).setdefault(stage, []).append((step, value))
+    return "".join(_chart(name, stages) for name, stages in lines.items())
+
+
+def _chart(name: str, stages: dict[str, list[tuple[int, float]]]) -> str:
+    """Lines over steps as inline SVG, labelled with the smallest and largest value."""
+    values = [value for points in stages.values() for _, value in points]
+    low, high, last = min(values), max(values), max(step for points in stages.values() for step, _ in points)
+    tall = (high - low) or 1.0
+    drawn = "".join(
+        f'<polyline fill="none" stroke="hsl({360 * i // len(stages)} 60% 45%)" points="'
+        + " ".join(f"{300 * step / last:.1f},{110 - 100 * (value - low) / tall:.1f}" for step, value in points)
+        + '"/>'
+        for i, points in enumerate(stages.values())
+    )
+    return (
+        f'<figure><svg viewBox="-60 0 370 130" width="370"><path d="M0 0V110H300" fill="none" stroke="#999"/>{drawn}'
+        f'<g font-size="11"><text x="-5" y="14" text-anchor="end">{high:.3g}</text>'
+        f'<text x="-5" y="110" text-anchor="end">{low:.3g}</text>'
+        f'<text x="300" y="125" text-anchor="end">step {last}</text></g></svg>'
+        f"<figcaption>{html.escape(name)}: {html.escape(', '.join(stages))}</figcaption></figure>"
     )
 
 
@@ -137,10 +168,12 @@ def _facts(manifest: Manifest, surveyed: Pictures) -> str:
 
 
 def render(
-    manifest: Manifest, promise: Promise, surveyed: Pictures, notes: Sequence[str], limit: Curve, sheets: Sequence[Path],
-    parts: tuple[list[Extreme], list[Extreme]], folder: Path,
+    manifest: Manifest, promise: Promise, surveyed: Pictures, fitted: Fitted, limit: Curve, sheets: Sequence[Path],
+    losses: dict[str, dict[int, dict[str, float]]], parts: tuple[list[Extreme], list[Extreme]], folder: Path,
 ) -> str:  # fmt: skip
-    """The page as text. Sheets are shown in the order given, first to last training step; samples lie in `folder`."""
+    """The page as text. Sheets are shown in the order given, first to last training step; `losses` by stage and step;
+    samples lie in `folder`.
+    """
     samples = "".join(
         f"<figure>{_embedded(pictures.to_bgr8(pictures.read(folder / s.file)), 200)}"
         f"<figcaption>{html.escape(s.file)}: {s.score:.3f}, {s.verdict.value}</figcaption></figure>"
@@ -148,11 +181,7 @@ def render(
     )
     learned = "".join(f"<figure>{_embedded(pictures.read(s))}<figcaption>{html.escape(s.stem)}</figcaption></figure>"
                       for s in sheets)  # fmt: skip
-    learning = (
-        f"<h2>While it learned</h2><p>Good parts, what the network makes of them, what it draws freely.</p>{learned}"
-        if sheets else ""
-    )  # fmt: skip
-    said = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    said = "".join(f"<li>{html.escape(note)}</li>" for note in fitted.notes)
     rejected = sum(score > promise.threshold for score in manifest.calibration.scores)
     ordinary, odd = parts
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(manifest.name)}</title>
@@ -167,7 +196,8 @@ in the pictures; what the pictures do not show is not covered.</p>
 threshold, by diameter and contrast (of 255), {limit.parts} each. {html.escape(str(limit)).capitalize()}. Real defects differ:
 this says what cannot be hoped for.</p>{_limit_table(limit)}
 <h2>The pictures</h2><ul>{_remarks(surveyed.remarks)}</ul>
-<h2>What was learned</h2><ul>{said}</ul>{learning}
+<h2>What was learned</h2><ul>{said}</ul>{_charts(losses)}
+<p>{html.escape(fitted.sheets)}</p>{learned}
 <h2>The oddest good parts</h2><p>Are these really good? If not, take them out and train again.</p>{_figures(odd)}
 <h2>The most ordinary good parts</h2>{_figures(ordinary)}
 <h2>Limit samples</h2><p>Judged again at every start; a network that scores them otherwise does not go on the line.</p>{samples}

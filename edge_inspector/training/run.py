@@ -66,6 +66,8 @@ class Run:
         self.folder, self.seed, self.on_progress, self.stopping = folder, seed, on_progress, stopping
         self.deadline_s = time.monotonic() + 60 * minutes if minutes else None
         self.rank, self.world, self.device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
+        self.losses: dict[str, dict[int, dict[str, float]]] = {}
+        """Of each stage, at each step that was told with figures; what an earlier run did before comes with its checkpoints."""
 
     @property
     def first(self) -> bool:
@@ -99,6 +101,8 @@ class Run:
             raise TrainingError(
                 f"{stage} diverged at step {step}: {figures}", hint="start again with another --seed or fewer steps"
             )
+        if figures:
+            self.losses.setdefault(stage, {})[step] = figures
         if self.first:
             self.on_progress(Progress(stage, step, steps, figures))
 
@@ -134,7 +138,7 @@ class Run:
         path = self.folder / f"{name}{_SUFFIX}"
         part = self.folder / f".{name}{_SUFFIX}.part"
         try:
-            torch.save({"key": key, **state}, part)
+            torch.save({"key": key, "losses": self.losses, **state}, part)
             os.replace(part, path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             part.unlink(missing_ok=True)
@@ -157,6 +161,7 @@ class Run:
                 f"{path}: made with other settings or pictures",
                 hint="give the settings it was started with, another --out, or --restart",
             )
+        self.losses.update(state["losses"])
         return state
 
     def forget(self) -> None:

@@ -1,17 +1,19 @@
 """Detection on real sets, with references and the ablation: python -m tests.benchmarks.detection SET... [--seeds 1 2 3]
 
-Each SET is a folder in MVTec layout, or `elpv:mono`, `elpv:poly` from the package elpv-dataset (label 0.0 against 1.0; a
-third of the good cells is for testing). One line of JSON for each set and seed is appended to --out, and what is there is
-not run again; --table prints what is there.
+Each SET is a folder in MVTec layout, FOLDER:PREFIX for the files of a set whose names begin so, or `elpv:mono`, `elpv:poly`
+from the package elpv-dataset (label 0.0 against 1.0; a third of the good cells is for testing). Of more than --pictures good
+ones so many are taken, evenly in name order. One line of JSON for each set and seed is appended to --out, and what is there
+is not run again; --table prints what is there.
 
 The references see the same frozen features of the same pictures: PaDiM (full covariance at each place, good and jittered
-tiles) and PatchCore (coreset of standardised features, four times the flagship's bank). Every term of the flagship and
+tiles) and PatchCore (coreset of standardised features, twice the flagship's bank). Every term of the flagship and
 their sums are scored too. No label is read before all scores are made.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import tempfile
@@ -32,11 +34,13 @@ from edge_inspector.training import data
 from edge_inspector.training.evaluation import Trivial, aupro, detection, labelled, mask_of
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks import feature_fit as fitting
+from edge_inspector.training.networks import feature_weights as weights_of
 from edge_inspector.training.networks.feature_material import Extractor, Material, gathered, parts
 from edge_inspector.training.run import Run, key_of
 
-PROTOTYPES, ROWS = 4096, 60_000
+PROTOTYPES, ROWS = 2048, 60_000
 MAP_PX, BATCH = 256, 16
+SHOWN = ("flagship", "PaDiM", "PatchCore")
 
 
 def padim(heads: networks.Heads, material: Material) -> Callable[[Tensor], Tensor]:
@@ -72,10 +76,10 @@ def patchcore(heads: networks.Heads, material: Material, run: Run) -> Callable[[
         rows.append(f[torch.randperm(len(f), generator=run.seeded(7, int(part[0])))[:share]])
     every = torch.cat(rows)
     chosen = every[fitting.centres(every, PROTOTYPES, run.seeded(8))]
-    return networks.Bank(torch.eye(networks.DEPTH), chosen)
+    return networks.Bank(chosen)
 
 
-def elpv(kind: str, folder: Path) -> Path:
+def elpv(kind: str, folder: Path) -> None:
     """Write cells of one kind as a set: good 0.0, defective 1.0; every third good cell is for testing."""
     from elpv_dataset.utils import load_dataset
 
@@ -89,7 +93,6 @@ def elpv(kind: str, folder: Path) -> Path:
         good += p == 0
         place = "test/defective" if p else "test/good" if good % 3 == 0 else "train/good"
         pictures.write(folder / place / f"{number:04d}.png", image)
-    return folder
 
 
 class Reader:
@@ -111,26 +114,35 @@ class Reader:
         return heads.standardised(networks.patches(early.float(), late.float())), torch.from_numpy(np.stack(valid))
 
 
-def measured(folder: Path, seed: int, work: Path) -> dict[str, Any]:
+def part_of(folder: Path, prefix: str, out: Path) -> Path:
+    """Links to the files of a set whose names begin with `prefix`."""
+    for path in folder.rglob(f"{prefix}*.*"):
+        link = out / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
+    return out
+
+
+def measured(folder: Path, seed: int, most: int, work: Path) -> dict[str, Any]:
     """Train on one set, score everything, then read the labels."""
     began, cpu = time.monotonic(), time.process_time()
     family = fitting.FeatureAnogan()
     surveyed = data.survey(folder / "train" / "good")
+    taken = np.unique(np.linspace(0, len(surveyed.paths) - 1, min(most, len(surveyed.paths))).round().astype(int))
+    surveyed = dataclasses.replace(surveyed, paths=tuple(surveyed.paths[i] for i in taken))
     run = Run(work, seed=seed)
     spec = family.input_spec(surveyed, None, 0.0)
     folds = surveyed.folds(family.folds)
     material = gathered(surveyed.paths, folds, spec, None, run)
     every = family.heads(material, run, key_of({"seed": seed}))
-    crossed = fitting.cross_fit(material, every)
-    weighing = fitting.weighed(crossed)
+    crossed = weights_of.cross_fit(material, every)
+    weighing = weights_of.weighed(crossed)
     seconds, cpu_s = time.monotonic() - began, time.process_time() - cpu
     heads = every[-1]
     sums = {"flagship": weighing.weights} | {
-        name: crossed.normalised(c) for name, c in (
-            ("gaussian", (1, 0, 0)), ("bank", (0, 1, 0)), ("discriminator", (0, 0, 1)), ("gaussian + bank", (1, 1, 0)),
-            ("gaussian + D", (1, 0, 1)), ("bank + D", (0, 1, 1)), ("gaussian + bank + D", (1, 1, 1)),
-        )
-    }  # fmt: skip
+        " + ".join(f"{w:g} {name}" for w, name in zip(c, networks.TERMS, strict=True) if w): crossed.normalised(tuple(c))
+        for c in ((0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0), *weights_of.CANDIDATES)
+    }
     alone = {"PaDiM": padim(heads, material), "PatchCore": patchcore(heads, material, run)}
     held = crossed.scores(weighing.weights, spoiled=False)
     good_scores = np.full(len(surveyed.paths), -np.inf)
@@ -196,21 +208,26 @@ def _figures(
 
 
 def table(out: Path) -> None:
-    """Mean and spread over seeds of image AUROC, AUPRO and FPR at 95 % recall, in percent."""
+    """Mean and spread over seeds of image AUROC, FPR at 95 % recall and AUPRO, in percent; then every sum of terms."""
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    methods = list(lines[0]["methods"])
+    sets = list(dict.fromkeys(line["set"] for line in lines))
+
+    def found(figure: str, method: str, name: str) -> list[float]:
+        ours = (line["methods"][method] for line in lines if line["set"] == name)
+        return [100 * figures[figure] for figures in ours if figure in figures]
+
     for figure in ("auroc", "fpr_at_95_recall", "aupro"):
-        print(f"\n{figure}")
-        print("| set | seeds |", " | ".join(methods), "|")
-        for name in dict.fromkeys(line["set"] for line in lines):
-            ours = [line for line in lines if line["set"] == name]
-            if figure not in ours[0]["methods"][methods[0]]:
-                continue
-            cells = []
-            for method in methods:
-                values = [100 * line["methods"][method][figure] for line in ours]
-                cells.append(f"{np.mean(values):.1f}" + (f" ±{np.std(values):.1f}" if len(values) > 1 else ""))
-            print(f"| {name} | {len(ours)} |", " | ".join(cells), "|")
+        print(f"\n| {figure} | seeds |", " | ".join(SHOWN), "|")
+        known = [name for name in sets if found(figure, "flagship", name)]
+        for name in known:
+            cells = [f"{np.mean(values):.1f} ±{np.std(values):.1f}" for values in (found(figure, m, name) for m in SHOWN)]
+            print(f"| {name} | {len(found(figure, 'flagship', name))} |", " | ".join(cells), "|")
+        means = [np.mean([np.mean(found(figure, method, name)) for name in known]) for method in SHOWN]
+        print("| mean | |", " | ".join(f"{mean:.2f}" for mean in means), "|")
+    print()
+    for method in lines[0]["methods"]:
+        values = [np.mean(found("auroc", method, name)) for name in sets]
+        print(f"{np.mean(values):6.2f}  {method}: {', '.join(f'{value:.1f}' for value in values)}")
     for line in lines:
         print(line["set"], line["seed"], line["terms"], {k: round(v, 3) for k, v in line["trivial"].items()},
               line["promise"], f"{line['train_s']:.0f} s, {line['train_cpu_s']:.0f} CPU s, load {line['load']:.1f}")  # fmt: skip
@@ -221,6 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("detection.jsonl"))
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
@@ -234,14 +252,16 @@ def main() -> None:
     )
     for seed in given.seeds:
         for name in given.sets:
-            short = name.replace(":", "-") if name.startswith("elpv:") else Path(name).name
+            where, _, part = name.partition(":")
+            short = f"{Path(where).name}-{part}" if part else Path(where).name
             if (short, seed) in done:
                 continue
             with tempfile.TemporaryDirectory() as scratch:
-                folder = elpv(name.split(":")[1], Path(scratch) / short) if name.startswith("elpv:") else Path(name)
-                work = Path(scratch) / "work"
+                folder, work = Path(scratch) / short, Path(scratch) / "work"
                 work.mkdir()
-                found = measured(folder, seed, work)
+                if where == "elpv":
+                    elpv(part, folder)
+                found = measured(part_of(Path(where), part, folder) if where != "elpv" else folder, seed, given.pictures, work)
             with given.out.open("a") as file:
                 file.write(json.dumps(found) + "\n")
             print(short, seed, {name: round(100 * f["auroc"], 2) for name, f in found["methods"].items()}, flush=True)

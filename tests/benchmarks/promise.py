@@ -25,6 +25,7 @@ from edge_inspector.training import data
 from edge_inspector.training.evaluation import labelled
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks import feature_fit as fitting
+from edge_inspector.training.networks import feature_weights as weights_of
 from edge_inspector.training.networks.feature_material import WITHHELD, Material, Store, gathered, parts
 from edge_inspector.training.run import Run, key_of
 
@@ -36,7 +37,8 @@ def part_of(material: Material, index: Tensor, folds: np.ndarray) -> Material:
     drawn = (WITHHELD * index[:, None] + torch.arange(WITHHELD)).flatten()
     return Material(
         material.good.some(index), material.jittered.some(index), material.spoiled.some(index),
-        material.withheld.some(drawn), material.judged[index], material.shown[index], folds, np.arange(len(index)),
+        material.withheld.some(drawn), material.judged[index], material.shown[index], {}, folds, np.arange(len(index)),
+        material.backbone,
     )  # fmt: skip
 
 
@@ -91,8 +93,8 @@ def main() -> None:
             some = dataclasses.replace(surveyed, paths=tuple(surveyed.paths[i] for i in index))
             ours = part_of(material, torch.from_numpy(index), some.folds(family.folds))
             every = family.heads(ours, Run(work, seed=split), key_of({"split": split}))
-            crossed = fitting.cross_fit(ours, every)
-            weights = fitting.weighed(crossed).weights
+            crossed = weights_of.cross_fit(ours, every)
+            weights = weights_of.weighed(crossed).weights
             held = crossed.scores(weights, spoiled=False).tolist()
             fresh = judged(every[-1], weights, material.good, material.judged, rest)
             wrong = judged(every[-1], weights, defective.good, defective.judged, torch.arange(len(defective.judged)))

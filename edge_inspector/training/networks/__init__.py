@@ -34,6 +34,8 @@ class Fitted:
     """What a person should know of this fit."""
     generator: tuple[nn.Module, int] | None = None
     """Where the family draws pictures: latents [N, n] -> uint8 [N, H, W, C] in frame order, and n."""
+    sheets: str = ""
+    """What the pictures show that were written while it was fitted (`Run.sheet`)."""
 
 
 class Family(Protocol):

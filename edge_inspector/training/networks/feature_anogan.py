@@ -7,7 +7,7 @@ them more than a scratch does. Here x is a place in the feature maps f of a froz
     "PaDiM", 2021) and by a bank of prototypes (after Roth et al., "PatchCore", 2022);
   G(E(f)) is a bottleneck that draws the features a good part would have (after f-AnoGAN's encoder and generator);
   D judges f together with the residual f - G(E(f)) (after Liu et al., "SimpleNet", 2023), against noise and drawn defects.
-What each term is worth for a product is measured on good parts and drawn defects alone (`weights.py`).
+What each term is worth for a product is measured on good parts and drawn defects alone (`feature_weights.py`).
 
 f: float [N, C, h, w], standardised per channel. Input: uint8 [N, H, W, 3] RGB; H and W multiples of 32; h = H / 8.
 """
@@ -22,8 +22,8 @@ from edge_inspector.training.networks.backbone import CHANNELS
 
 STRIDE = 8
 DEPTH = sum(CHANNELS)
-BLOCK = 4
-"""Side of a neighbourhood of the Gaussian, in feature places: 32 px of the input."""
+BLOCK = 2
+"""Side of a neighbourhood of the Gaussian, in feature places: 16 px of the input."""
 TERMS = ("gaussian", "bank", "discriminator")
 _WIDTH, _LATENT, _HIDDEN = 64, 32, 256
 _SMOOTHING = 0.9
@@ -55,10 +55,13 @@ class LocalGaussian(nn.Module):
     """Mahalanobis distance of each place: a mean of its own, and a covariance shared by its BLOCK x BLOCK neighbourhood."""
 
     def __init__(self, mean: Tensor, whitening: Tensor) -> None:
-        """Mean [DEPTH, h, w]; whitening [h / BLOCK, w / BLOCK, DEPTH, DEPTH], so that |(f - mean) W|^2 is the distance^2."""
+        """Mean [DEPTH, h, w]; whitening [h / BLOCK, w / BLOCK, DEPTH, DEPTH], so that |(f - mean) W|^2 is the distance^2.
+
+        W is most of a bundle's size; it is kept at half precision and computed with at full precision.
+        """
         super().__init__()
         self.register_buffer("mean", mean[None])
-        self.register_buffer("whitening", whitening.reshape(-1, DEPTH, DEPTH))
+        self.register_buffer("whitening", whitening.reshape(-1, DEPTH, DEPTH).half())
         self.mean: Tensor
         self.whitening: Tensor
         self.rows, self.columns = whitening.shape[:2]
@@ -68,29 +71,26 @@ class LocalGaussian(nn.Module):
         rows, columns = self.rows, self.columns
         away = (f - self.mean).reshape(-1, DEPTH, rows, BLOCK, columns, BLOCK)
         away = away.permute(2, 4, 0, 3, 5, 1).reshape(rows * columns, -1, DEPTH)
-        squared = ((away @ self.whitening) ** 2).sum(2)
+        squared = ((away @ self.whitening.float()) ** 2).sum(2)
         squared = squared.reshape(rows, columns, -1, BLOCK, BLOCK).permute(2, 0, 3, 1, 4)
         return squared.reshape(-1, 1, rows * BLOCK, columns * BLOCK).clamp(min=1e-6).sqrt()
 
 
 class Bank(nn.Module):
-    """Distance of each place to the nearest of K prototypes, in whitened space; as a 1x1 convolution and a minimum."""
+    """Distance of each place to the nearest of K prototypes; as a 1x1 convolution and a minimum."""
 
-    def __init__(self, whitening: Tensor, prototypes: Tensor) -> None:
-        """Whitening [DEPTH, DEPTH]; prototypes [K, DEPTH] in whitened space."""
+    def __init__(self, prototypes: Tensor) -> None:
+        """Prototypes [K, DEPTH]."""
         super().__init__()
-        self.register_buffer("whitening", whitening.T[:, :, None, None].contiguous())
         self.register_buffer("kernel", (-2 * prototypes)[:, :, None, None].contiguous())
         self.register_buffer("square", (prototypes**2).sum(1))
-        self.whitening: Tensor
         self.kernel: Tensor
         self.square: Tensor
 
     def forward(self, f: Tensor) -> Tensor:
         """Distances [N, 1, h, w]."""
-        w = functional.conv2d(f, self.whitening)
-        nearest = functional.conv2d(w, self.kernel, self.square).amin(1, keepdim=True)
-        return (nearest + (w * w).sum(1, keepdim=True)).clamp(min=1e-6).sqrt()
+        nearest = functional.conv2d(f, self.kernel, self.square).amin(1, keepdim=True)
+        return (nearest + (f * f).sum(1, keepdim=True)).clamp(min=1e-6).sqrt()
 
 
 def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -210,7 +210,8 @@ class FeatureAnoganGraph(nn.Module):
 
     def forward(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image uint8 [N, H, W, 3] RGB, valid uint8 [N, H, W] (0 = not judged) -> score [N], map [N, h, w], expected."""
-        return self.judge(*self.backbone(as_pixels(image)), valid)
+        early, late = self.backbone(as_pixels(image))
+        return self.judge(early, late, valid)
 
     def judge(self, early: Tensor, late: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Everything after the backbone."""
@@ -226,7 +227,7 @@ def empty_heads(h: int, w: int, prototypes: int) -> Heads:
     return Heads(
         torch.zeros(DEPTH), torch.ones(DEPTH),
         LocalGaussian(torch.zeros(DEPTH, h, w), torch.zeros(h // BLOCK, w // BLOCK, DEPTH, DEPTH)),
-        Bank(torch.zeros(DEPTH, DEPTH), torch.zeros(prototypes, DEPTH)), Generator(), Discriminator(),
+        Bank(torch.zeros(prototypes, DEPTH)), Generator(), Discriminator(),
     )  # fmt: skip
 
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from edge_inspector import preprocess, scoring
+from edge_inspector import preprocess
 from edge_inspector.bundles import InputSpec
 from edge_inspector.errors import TrainingError
 from edge_inspector.preprocess import Window
@@ -22,18 +23,17 @@ from edge_inspector.training.data import Pictures
 from edge_inspector.training.networks import Fitted
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks.backbone import Backbone
-from edge_inspector.training.networks.feature_material import WITHHELD, Material, Store, gathered, parts
+from edge_inspector.training.networks.feature_material import COVERED, WITHHELD, Material, Store, gathered, parts
+from edge_inspector.training.networks.feature_weights import Weighing, cross_fit, term_maps, weighed
 from edge_inspector.training.run import Run, key_of
 
 _BATCH = 8
-_RIDGE_GAUSSIAN, _RIDGE_BANK = 0.05, 0.02
+_RIDGE = 0.05
 """Added to covariances of standardised features, so that directions good parts never vary in do not decide alone."""
 _CORESET_ROWS, _SKETCH = 40_000, 64
 _ROWS, _ROW_BATCH, _TILES, _NEAR = 120_000, 1024, 128, 0.05
-_COVERED = 0.3
-"""Share of a place that a drawn defect must cover for D to call it bad."""
 _NOISE = 0.5
-_EXEMPLARS = 24
+_EXEMPLARS, _SHEET = 24, 8
 _SIDES = (512, 448, 384, 320, 256, 192, 128)
 _TRIALS, _MOST_STEPS, _SPENT = (20, 40), 4000, 0.8
 """Steps of the two short fits; the most that are taken; the share of the time that heads may take."""
@@ -44,9 +44,9 @@ def _rows(f: Tensor) -> Tensor:
     return f.permute(0, 2, 3, 1).reshape(-1, f.shape[1])
 
 
-def _whitening(covariance: Tensor, ridge: float) -> Tensor:
-    """W with W W^T = (covariance + ridge I)^-1, for one or many covariances."""
-    regular = covariance.double() + ridge * torch.eye(covariance.shape[-1], dtype=torch.float64)
+def _whitening(covariance: Tensor) -> Tensor:
+    """W with W W^T = (covariance + ridge I)^-1, for each of many covariances [N, C, C]."""
+    regular = covariance.double() + _RIDGE * torch.eye(covariance.shape[-1], dtype=torch.float64)
     factor = torch.linalg.cholesky(regular)
     inverse = torch.linalg.solve_triangular(factor, torch.eye(factor.shape[-1], dtype=torch.float64), upper=False)
     whitening: Tensor = inverse.mT.float()
@@ -128,14 +128,12 @@ class _Fitter:
         mean = total / (2 * len(self.chosen))
         centre = blocks(mean[None])
         covariance = (squares / (2 * len(self.chosen)) - centre.mT @ centre) / block**2
-        whitening = _whitening(covariance, _RIDGE_GAUSSIAN)
+        whitening = _whitening(covariance)
         return networks.LocalGaussian(mean, whitening.reshape(rows, columns, networks.DEPTH, networks.DEPTH))
 
     def _bank(self) -> networks.Bank:
         rows = self._sampled(self.material.good, _CORESET_ROWS, _rows)
-        whitening = _whitening(rows.T @ rows / len(rows), _RIDGE_BANK)
-        rows = rows @ whitening
-        return networks.Bank(whitening, rows[centres(rows, self.settings.prototypes, self.run.seeded(self.fold, 1))])
+        return networks.Bank(rows[centres(rows, self.settings.prototypes, self.run.seeded(self.fold, 1))])
 
     def _generator(self) -> networks.Generator:
         """Half of what it is given carries a drawn defect, and must come out as the part would be without."""
@@ -173,7 +171,7 @@ class _Fitter:
             for part in parts(self._some(2 * _TILES)):
                 rows, covered = seen(self._standardised(m.spoiled, part)), m.spoiled.defective[part].flatten()
                 inside = self.material.judged[part].flatten()
-                bad.append(rows[inside & (covered > _COVERED)])
+                bad.append(rows[inside & (covered > COVERED)])
                 near.append(rows[inside & (covered == 0) & (torch.rand(len(rows)) < _NEAR)])
         classes = ((good, _ROW_BATCH), (torch.cat(near), _ROW_BATCH // 4), (torch.cat(bad), _ROW_BATCH // 4))
         optimiser = torch.optim.AdamW(network.parameters(), 8e-4)
@@ -209,85 +207,6 @@ def _focal(logit: Tensor, target: int) -> Tensor:
     """Cross entropy that counts what is already told apart less (Lin et al. 2017, eq. 4, gamma 2), mean."""
     right = torch.sigmoid(logit if target else -logit)
     return ((1 - right) ** 2 * _crossed(logit, target)).mean()
-
-
-# --- what each term is worth
-
-
-@dataclass(frozen=True)
-class Weighing:
-    """Weights of the terms, and how well drawn defects of withheld families are told from good parts with them."""
-
-    weights: dict[str, tuple[float, float]]
-    """For each term that is used: its mean over good parts, and its weight divided by its spread there."""
-    auroc: float
-    tried: dict[str, float]
-
-
-USUAL = (1.0, 1.0, 1.0)
-CANDIDATES: tuple[tuple[float, float, float], ...] = tuple(
-    (gaussian, bank, discriminator)
-    for gaussian in (0.0, 1.0) for bank in (0.0, 1.0) for discriminator in (0.5, 1.0, 2.0) if gaussian + bank
-)  # fmt: skip
-"""Weights of TERMS that are tried: a residual and the discriminator, as AnoGAN has it."""
-_CLEARLY = 0.03
-"""AUROC by which another choice must tell drawn defects better than the usual one. Drawn defects are not real ones: on a
-development set they preferred a term that real defects show worse by 2 points."""
-
-
-@dataclass(frozen=True)
-class CrossFit:
-    """Every term's map of every tile, by heads that were fitted to other folds."""
-
-    good: Tensor
-    """[N, T, h, w]"""
-    withheld: Tensor
-    """[M, T, h, w] of good tiles with drawn defects, WITHHELD of each."""
-    visible: Tensor
-    """Bool [M]: the defect covers enough of a place to be called one."""
-    judged: Tensor
-    """Bool [N, h, w] of good tiles."""
-
-    def normalised(self, candidate: tuple[float, ...]) -> dict[str, tuple[float, float]]:
-        """The graph's weights for weights of TERMS: for each that is used, its mean over good parts, and w / spread."""
-        columns = [self.good[:, i][self.judged] for i in range(len(networks.TERMS))]
-        return {
-            name: (column.mean().item(), w / column.std().item())
-            for name, column, w in zip(networks.TERMS, columns, candidate, strict=True) if w
-        }  # fmt: skip
-
-    def scores(self, weights: dict[str, tuple[float, float]], *, spoiled: bool) -> NDArray[np.float64]:
-        """Score of each good tile, or of each visibly spoiled one, as the graph computes it."""
-        maps, counted = self.good, self.judged
-        if spoiled:
-            maps, counted = self.withheld[self.visible], self.judged.repeat_interleave(WITHHELD, 0)[self.visible]
-        fused = networks.fused(maps, weights)
-        found = networks.finished(fused, counted[:, None], networks.smoothing_kernel(), torch.ones(()))[0]
-        return found.double().numpy()
-
-
-def cross_fit(material: Material, heads: dict[int, networks.Heads]) -> CrossFit:
-    """Maps of every tile by the heads that did not see its fold."""
-    good = torch.empty(len(material.good), len(networks.TERMS), *material.good.early.shape[2:])
-    withheld = torch.empty(WITHHELD * len(good), *good.shape[1:])
-    for fold in set(material.fold.tolist()):
-        held = torch.from_numpy(np.flatnonzero(material.fold == fold))
-        drawn = (WITHHELD * held[:, None] + torch.arange(WITHHELD)).flatten()
-        good[held], withheld[drawn] = _maps(heads[fold], material.good, held), _maps(heads[fold], material.withheld, drawn)
-    visible = material.withheld.defective.flatten(1).amax(1) > _COVERED
-    return CrossFit(good, withheld, visible, material.judged)
-
-
-def weighed(crossed: CrossFit) -> Weighing:
-    """Weights by cross-fitted maps alone: the usual ones, unless others are clearly better."""
-    found = {}
-    for candidate in CANDIDATES:
-        weights = crossed.normalised(candidate)
-        found[candidate] = scoring.auroc(crossed.scores(weights, spoiled=False), crossed.scores(weights, spoiled=True))
-    best = max(CANDIDATES, key=found.__getitem__)
-    chosen = best if found[best] > found[USUAL] + _CLEARLY else USUAL
-    named = {" + ".join(f"{w:g} {n}" for w, n in zip(c, networks.TERMS, strict=True) if w): v for c, v in found.items()}
-    return Weighing(crossed.normalised(chosen), found[chosen], named)
 
 
 # --- the family
@@ -341,6 +260,7 @@ class FeatureAnogan:
         return Fitted(
             graph, scores, f"cross-fitted: each part by a network fitted to the other {self.folds - 1} of {self.folds} folds",
             {"drawn_defects_auroc": weighing.auroc, "steps": settings.steps}, self._notes(weighing, count, len(taken)),
+            sheets="Parts with drawn defects, and the anomaly maps of networks that knew neither the parts nor such defects.",
         )  # fmt: skip
 
     def within_ms(self, surveyed: Pictures, tile: int | None, overlap: float, latency_ms: float) -> FeatureAnogan:
@@ -401,16 +321,12 @@ class FeatureAnogan:
         for fold in missing[run.rank :: run.world]:
             states[fold] = {"heads": _Fitter(material, self, run, fold).heads().cpu().state_dict()}
             run.save(name[fold], key, states[fold])
+            if fold >= 0:
+                run.sheet(name[fold], _sheet(_loaded(states[fold]["heads"], material), material, fold))
             run.stop_if_asked()
         for turn, fold in enumerate(missing):
             states[fold] = run.shared(states[fold], turn % run.world)
-        h, w = material.good.early.shape[2:]
-        found = {}
-        for fold, state in states.items():
-            found[fold] = networks.empty_heads(h, w, len(state["heads"]["bank.square"]))
-            found[fold].load_state_dict(state["heads"])
-            found[fold].eval().requires_grad_(False)
-        return found
+        return {fold: _loaded(state["heads"], material) for fold, state in states.items()}
 
 
 @torch.no_grad()
@@ -424,12 +340,20 @@ def _exemplars(heads: networks.Heads, material: Material, run: Run) -> networks.
     return networks.Exemplars(torch.cat(keys)[chosen], material.shown[chosen])
 
 
-@torch.no_grad()
-def _maps(heads: networks.Heads, store: Store, tiles: Tensor) -> Tensor:
-    """Every term's map of tiles: [n, T, h, w]."""
-    out = []
-    for part in parts(tiles):
-        f = heads.standardised(store.raw(part))
-        coarse = heads.generator.coarse(functional.avg_pool2d(f, 2))
-        out.append(torch.cat([heads.term(name, f, coarse) for name in networks.TERMS], 1))
-    return torch.cat(out)
+def _loaded(state: dict[str, Tensor], material: Material) -> networks.Heads:
+    h, w = material.judged.shape[1:]
+    heads = networks.empty_heads(h, w, len(state["bank.square"]))
+    heads.load_state_dict(state)
+    return heads.eval().requires_grad_(False)
+
+
+def _sheet(heads: networks.Heads, material: Material, fold: int) -> NDArray[np.uint8]:
+    """Parts of the fold with drawn defects, none of which these heads know, above their anomaly maps."""
+    rows = [row for row in material.drawn if material.fold[row // WITHHELD] == fold][:_SHEET]
+    maps = term_maps(heads, material.withheld, torch.tensor(rows))
+    far = ((maps - maps.mean((0, 2, 3), keepdim=True)) / maps.std((0, 2, 3), keepdim=True)).sum(1)
+    level = (255 * far / far.amax()).clamp(0, 255).to(torch.uint8).numpy()
+    shown = [material.drawn[row] for row in rows]
+    size = shown[0].shape[1], shown[0].shape[0]
+    heat = [cv2.applyColorMap(cv2.resize(m, size, interpolation=cv2.INTER_LINEAR), cv2.COLORMAP_INFERNO) for m in level]
+    return np.vstack([np.hstack(shown)[:, :, ::-1], np.hstack(heat)]).astype(np.uint8)

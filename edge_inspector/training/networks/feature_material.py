@@ -25,7 +25,9 @@ from edge_inspector.training.run import Run
 
 WITHHELD = 2
 """Drawn defects of withheld families per picture, to weigh the terms with."""
-_BATCH, _POOL, _RANGES = 8, 32, 32
+COVERED = 0.3
+"""Share of a place that a drawn defect must cover for it to be called bad."""
+_BATCH, _POOL, _RANGES, _DRAWN = 8, 32, 32, 24
 Drawn = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """Picture [H, W, 3] and mask [H, W]."""
 
@@ -84,6 +86,8 @@ class Material:
     """Bool [tiles, h, w]: places of good tiles that count."""
     shown: Tensor
     """uint8 [tiles, H / 2, W / 2, 3] good tiles, to show."""
+    drawn: dict[int, NDArray[np.uint8]]
+    """Some tiles of `withheld`, of its row: uint8 [H / 2, W / 2, 3], to show."""
     fold: NDArray[np.intp]
     """[tiles]"""
     picture: NDArray[np.intp]
@@ -148,6 +152,12 @@ class _Gatherer:
         self.withheld = Store(WITHHELD * tiles, self.h, self.w)
         self.waiting: dict[Store, list[tuple[int, NDArray[np.uint8]]]] = {}
         self.pool: list[NDArray[np.uint8]] = []
+        self.drawn: dict[int, NDArray[np.uint8]] = {}
+        self.every = max(1, tiles // _DRAWN)
+
+    def half(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A tile at half its size."""
+        return _resized(image, (image.shape[1] // 2, image.shape[0] // 2), cv2.INTER_AREA)
 
     def add(self, number: int, first: int, plan: preprocess.Plan, images: NDArray[np.uint8]) -> None:
         """Take the tiles of one picture, from row `first` on, and draw their copies."""
@@ -173,6 +183,8 @@ class _Gatherer:
             for n in range(WITHHELD):
                 drawn = drawn_within(image, tile, lambda p: spoilt(p, synthesis.WITHHELD))
                 self._put(self.withheld, WITHHELD * row + n, *drawn)
+            if row % self.every == 0:
+                self.drawn[WITHHELD * row + n] = self.half(drawn[0])
 
     def _put(self, store: Store, row: int, image: NDArray[np.uint8], mask: NDArray[np.uint8] | None) -> None:
         if mask is not None:
@@ -212,10 +224,9 @@ def gathered(
         rows = np.flatnonzero(owner == number)
         gatherer.add(number, int(rows[0]), plan, images)
         judged[rows] = networks.judged(torch.from_numpy(masks)).squeeze(1) > 0
-        half = [_resized(tile, (spec.width // 2, spec.height // 2), cv2.INTER_AREA) for tile in images]
-        shown[rows] = torch.from_numpy(np.stack(half))
+        shown[rows] = torch.from_numpy(np.stack([gatherer.half(tile) for tile in images]))
         run.tell("features", number + 1, len(paths))
         run.stop_if_asked()
     gatherer.finish()
     g = gatherer
-    return Material(g.good, g.jittered, g.spoiled, g.withheld, judged, shown, folds[owner], owner, extractor.exported)
+    return Material(g.good, g.jittered, g.spoiled, g.withheld, judged, shown, g.drawn, folds[owner], owner, extractor.exported)

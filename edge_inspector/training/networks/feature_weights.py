@@ -1,0 +1,101 @@
+"""What each term of feature-anogan is worth, by maps that no network made of parts it was fitted to, and by no label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from edge_inspector import scoring
+from edge_inspector.training.networks import feature_anogan as networks
+from edge_inspector.training.networks.feature_material import COVERED, WITHHELD, Material, Store, parts
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """Weights of the terms, and how well drawn defects of withheld families are told from good parts with them."""
+
+    weights: dict[str, tuple[float, float]]
+    """For each term that is used: its mean over good parts, and its weight divided by its spread there."""
+    auroc: float
+    tried: dict[str, float]
+
+
+CANDIDATES: tuple[tuple[float, float, float], ...] = tuple(
+    (gaussian, bank, discriminator)
+    for gaussian in (1.0, 0.0) for bank in (1.0, 0.0) for discriminator in (1.0, 0.5, 2.0) if gaussian + bank
+)  # fmt: skip
+"""Weights of TERMS that are tried: a residual and the discriminator, as AnoGAN has it. Where drawn defects tell no two
+apart the earlier one is taken, so equal terms before all."""
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """Every term's map of every tile, by heads that were fitted to other folds."""
+
+    good: Tensor
+    """[N, T, h, w]"""
+    withheld: Tensor
+    """[M, T, h, w] of good tiles with drawn defects, WITHHELD of each."""
+    visible: Tensor
+    """Bool [M]: the defect covers enough of a place to be called one."""
+    judged: Tensor
+    """Bool [N, h, w] of good tiles."""
+
+    def normalised(self, candidate: tuple[float, ...]) -> dict[str, tuple[float, float]]:
+        """The graph's weights for weights of TERMS: for each that is used, its mean over good parts, and w / spread."""
+        columns = [self.good[:, i][self.judged] for i in range(len(networks.TERMS))]
+        return {
+            name: (column.mean().item(), w / column.std().item())
+            for name, column, w in zip(networks.TERMS, columns, candidate, strict=True) if w
+        }  # fmt: skip
+
+    def scores(self, weights: dict[str, tuple[float, float]], *, spoiled: bool) -> NDArray[np.float64]:
+        """Score of each good tile, or of each visibly spoiled one, as the graph computes it."""
+        maps, counted = self.good, self.judged
+        if spoiled:
+            maps, counted = self.withheld[self.visible], self.judged.repeat_interleave(WITHHELD, 0)[self.visible]
+        fused = networks.fused(maps, weights)
+        found = networks.finished(fused, counted[:, None], networks.smoothing_kernel(), torch.ones(()))[0]
+        return found.double().numpy()
+
+
+def cross_fit(material: Material, heads: dict[int, networks.Heads]) -> CrossFit:
+    """Maps of every tile by the heads that did not see its fold."""
+    good = torch.empty(len(material.good), len(networks.TERMS), *material.good.early.shape[2:])
+    withheld = torch.empty(WITHHELD * len(good), *good.shape[1:])
+    for fold in set(material.fold.tolist()):
+        held = torch.from_numpy(np.flatnonzero(material.fold == fold))
+        drawn = (WITHHELD * held[:, None] + torch.arange(WITHHELD)).flatten()
+        good[held], withheld[drawn] = (
+            term_maps(heads[fold], material.good, held),
+            term_maps(heads[fold], material.withheld, drawn),
+        )
+    visible = material.withheld.defective.flatten(1).amax(1) > COVERED
+    return CrossFit(good, withheld, visible, material.judged)
+
+
+def weighed(crossed: CrossFit) -> Weighing:
+    """The weights that tell drawn defects best from good parts, by cross-fitted maps alone."""
+    found = {}
+    for candidate in CANDIDATES:
+        weights = crossed.normalised(candidate)
+        found[candidate] = scoring.auroc(crossed.scores(weights, spoiled=False), crossed.scores(weights, spoiled=True))
+    best = max(CANDIDATES, key=found.__getitem__)
+    named = {" + ".join(f"{w:g} {n}" for w, n in zip(c, networks.TERMS, strict=True) if w): v for c, v in found.items()}
+    return Weighing(crossed.normalised(best), found[best], named)
+
+
+@torch.no_grad()
+def term_maps(heads: networks.Heads, store: Store, tiles: Tensor) -> Tensor:
+    """Every term's map of tiles: [n, T, h, w]."""
+    out = []
+    for part in parts(tiles):
+        f = heads.standardised(store.raw(part))
+        coarse = heads.generator.coarse(functional.avg_pool2d(f, 2))
+        out.append(torch.cat([heads.term(name, f, coarse) for name in networks.TERMS], 1))
+    return torch.cat(out)
