@@ -18,7 +18,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,25 @@ def part_of(folder: Path, prefix: str, out: Path) -> Path:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
     return out
+
+
+def opened(sets: Sequence[str], seeds: Sequence[int], out: Path) -> Iterator[tuple[str, int, Path, Path]]:
+    """Name, seed, folder and an empty work folder of each run that `out` has no line of."""
+    done = {(line["set"], line["seed"]) for line in map(json.loads, out.read_text().splitlines())} if out.exists() else set()
+    for seed in seeds:
+        for given in sets:
+            where, _, part = given.partition(":")
+            name = f"{Path(where).name}-{part}" if part else Path(where).name
+            if (name, seed) in done:
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                folder, work = Path(scratch) / name, Path(scratch) / "work"
+                work.mkdir()
+                if where == "elpv":
+                    elpv(part, folder)
+                else:
+                    part_of(Path(where), part, folder)
+                yield name, seed, folder, work
 
 
 def measured(folder: Path, seed: int, most: int, work: Path) -> dict[str, Any]:
@@ -245,26 +264,11 @@ def main() -> None:
     if given.table:
         table(given.out)
         return
-    done = (
-        {(line["set"], line["seed"]) for line in map(json.loads, given.out.read_text().splitlines())}
-        if given.out.exists()
-        else set()
-    )
-    for seed in given.seeds:
-        for name in given.sets:
-            where, _, part = name.partition(":")
-            short = f"{Path(where).name}-{part}" if part else Path(where).name
-            if (short, seed) in done:
-                continue
-            with tempfile.TemporaryDirectory() as scratch:
-                folder, work = Path(scratch) / short, Path(scratch) / "work"
-                work.mkdir()
-                if where == "elpv":
-                    elpv(part, folder)
-                found = measured(part_of(Path(where), part, folder) if where != "elpv" else folder, seed, given.pictures, work)
-            with given.out.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-            print(short, seed, {name: round(100 * f["auroc"], 2) for name, f in found["methods"].items()}, flush=True)
+    for name, seed, folder, work in opened(given.sets, given.seeds, given.out):
+        found = measured(folder, seed, given.pictures, work)
+        with given.out.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        print(name, seed, {method: round(100 * f["auroc"], 2) for method, f in found["methods"].items()}, flush=True)
 
 
 if __name__ == "__main__":
