@@ -125,6 +125,13 @@ def test_the_bank_is_the_distance_to_the_nearest_prototype() -> None:
     assert found[1, 0, 2, 4].item() == pytest.approx((prototypes - f[1, :, 2, 4]).norm(dim=1).min().item(), rel=1e-4)
 
 
+def test_a_parts_own_prototype_is_no_matter_of_rounding() -> None:
+    prototypes = 9 * torch.randn(20, networks.DEPTH, generator=torch.Generator().manual_seed(0))
+    bank, own = networks.Bank(prototypes), prototypes.T.reshape(1, networks.DEPTH, 4, 5)
+    assert torch.equal(bank(own), torch.ones(1, 1, 4, 5))
+    assert torch.equal(bank(own * (1 + 1e-5)), torch.ones(1, 1, 4, 5))
+
+
 def test_a_term_is_left_out_where_drawn_defects_are_told_better_without() -> None:
     """Defects show in the last two terms; the first has outliers everywhere, which would hide them."""
     generator = torch.Generator().manual_seed(0)

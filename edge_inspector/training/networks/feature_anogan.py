@@ -26,6 +26,9 @@ BLOCK = 2
 """Side of a neighbourhood of the Gaussian, in feature places: 16 px of the input."""
 TERMS = ("gaussian", "bank", "discriminator")
 _WIDTH, _LATENT, _HIDDEN = 64, 32, 256
+_NEAREST = 1.0
+"""Squared distances below this are this: at a prototype itself the difference of large squares is all rounding. Those of
+unseen parts of the development sets lie above 5."""
 _SMOOTHING = 0.9
 """Sigma of the final blur, in feature places."""
 
@@ -90,7 +93,7 @@ class Bank(nn.Module):
     def forward(self, f: Tensor) -> Tensor:
         """Distances [N, 1, h, w]."""
         nearest = functional.conv2d(f, self.kernel, self.square).amin(1, keepdim=True)
-        return (nearest + (f * f).sum(1, keepdim=True)).clamp(min=1e-6).sqrt()
+        return (nearest + (f * f).sum(1, keepdim=True)).clamp(min=_NEAREST).sqrt()
 
 
 def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
