@@ -19,6 +19,7 @@ from edge_inspector.roi import Roi
 BLANK = 127
 """What the network sees where nothing is judged."""
 _ASPECT_TOLERANCE = 0.05
+_WHITE = 255
 _INTERPOLATION = {"area": cv2.INTER_AREA, "linear": cv2.INTER_LINEAR}
 Scalar = TypeVar("Scalar", np.float32, np.uint8)
 Window = tuple[int, int]
@@ -129,6 +130,11 @@ class Plan:
                 f"{image.dtype} frame, but the recipe has no intensity_window",
                 hint="set intensity_window: [low, high] of this camera in the recipe, e.g. [0, 4095] for 12 bit",
             )
+        if image.dtype == np.uint8 and self.window is not None and self.window[1] > _WHITE:
+            raise FormatError(
+                f"8-bit frame, but the intensity window reaches to {self.window[1]}",
+                hint="set the camera to the bit depth it was trained with",
+            )
         x0, y0 = self.box[0], self.box[1]
         for out, t in zip(images, self.tiles, strict=False):
             crop = image[y0 + t.y : y0 + t.y + t.h, x0 + t.x : x0 + t.x + t.w]
@@ -206,7 +212,12 @@ def _lut(window: Window) -> NDArray[np.uint8]:
 
 
 def refuse_unlike(trained: TrainedOn, spec: InputSpec, box: tuple[int, int, int, int]) -> None:
-    """Raise FormatError for a region that a whole-region network would see squashed otherwise than in training."""
+    """Raise FormatError for a region that the network would see squashed otherwise than in training."""
+    if spec.tile is not None and min(box[2:]) < spec.tile:
+        raise FormatError(
+            f"region of {box[2]}x{box[3]} is narrower than the bundle's tiles of {spec.tile} px",
+            hint=f"make the region at least {spec.tile} px wide and high, or train with a smaller --tile",
+        )
     aspect, expected = box[2] / box[3], trained.width_px / trained.height_px
     low, high = trained.aspects or (expected, expected)
     slack = 1 + _ASPECT_TOLERANCE

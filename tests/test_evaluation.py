@@ -11,7 +11,7 @@ from edge_inspector import pictures
 from edge_inspector.bundles import open_bundle
 from edge_inspector.runtime import OnnxEngine
 from edge_inspector.training import evaluate
-from edge_inspector.training.evaluation import Trivial, aupro, detection, mask_of
+from edge_inspector.training.evaluation import Trivial, aupro, detection, labelled, mask_of
 from tests.line import ENGINES
 
 
@@ -43,6 +43,13 @@ def test_aupro_counts_regions_alike_whatever_their_size() -> None:
     found[5:45, 5:45] = 1
     found[mask == 0] = np.linspace(0.1, 0.2, int((mask == 0).sum()))
     assert aupro([found], [mask]) == pytest.approx(0.5, abs=0.01)
+
+
+def test_masks_and_training_pictures_are_no_kind_of_defect(tmp_path: Path) -> None:
+    for name in ("good", "scratch", "ground_truth", "train"):
+        (tmp_path / name).mkdir()
+        pictures.write(tmp_path / name / "0.png", np.zeros((8, 8), np.uint8))
+    assert set(labelled(tmp_path)) == {"good", "scratch"}
 
 
 def test_a_set_that_brightness_solves_shows_as_one() -> None:

@@ -267,6 +267,36 @@ def test_minutes_decide_how_many_steps_are_taken_and_a_resumed_run_takes_the_sam
     assert fitter.settings.encoder_steps == pytest.approx(2 * fitter.settings.gan_steps, abs=2)
 
 
+def two(tmp_path: Path, *what: str) -> subprocess.CompletedProcess[str]:
+    """Run a module or a file under torchrun, as two processes on the CPU."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *what],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ, OMP_NUM_THREADS="1"),
+    )  # fmt: skip
+
+
+def test_processes_average_gradients_draw_pictures_of_their_own_and_share_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "each.py").write_text("""
+import torch
+from pathlib import Path
+from edge_inspector.training.run import Run
+run = Run(Path())
+parameter = torch.nn.Parameter(torch.zeros(3))
+parameter.grad = torch.full((3,), float(run.rank))
+run.average([parameter])
+assert parameter.grad.tolist() == [0.5] * 3
+run.reseed(7)
+mine = torch.rand(4)
+assert not torch.equal(run.shared(mine, 0), run.shared(mine, 1))
+run.save("x", "key", {"rank": run.rank})
+assert run.load("x", "key")["rank"] == 0
+print("agreed", run.rank)
+""")
+    done = two(tmp_path, "each.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("agreed") == 2
+
+
 def test_two_processes_train_one_bundle(tmp_path: Path) -> None:
     """Under torchrun, on the CPU: folds are shared out, gradients averaged, and one process writes."""
     folder(tmp_path / "good", 24)
@@ -274,11 +304,9 @@ def test_two_processes_train_one_bundle(tmp_path: Path) -> None:
     for family in (["--family", "fanogan", "--size", "32", "--width", "4", "--gan-steps", "4", "--encoder-steps", "40"],
                    ["--size", "64", "--steps", "20"]):  # fmt: skip
         name = family[1]
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-             "-m", "edge_inspector.cli", "train", "good", "--product", "disc", "--name", f"n{name}", "--alpha", "0.2", *family],
-            cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-            env=dict(os.environ, OMP_NUM_THREADS="1"),
+        done = two(
+            tmp_path, "-m", "edge_inspector.cli", "train", "good", "--product", "disc", "--name", f"n{name}", "--alpha", "0.2",
+            *family,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("signed by key") == 1
@@ -293,6 +321,10 @@ def test_the_detection_limit_grows_with_contrast_and_counts_from_where_it_stays_
     assert made.figures() == {"smallest_found_px_at_contrast_20": 2.0}
     rng = np.random.default_rng(0)
     image = np.full((60, 60, 3), 128, np.uint8)
-    changed = np.abs(synthesis.chipped(rng, image, 10, 40).astype(int) - image).max(2)
+    changed = np.abs(synthesis.chipped(rng, image, 10, 40 / 255).astype(int) - image).max(2)
     assert set(np.unique(changed)) == {0, 40}
     assert 10 < (changed > 0).sum() < 150
+    bright = np.full((60, 60), 3900, np.uint16)
+    darker = synthesis.chipped(rng, bright, 10, 0.5, (0, 4095))
+    assert darker.dtype == np.uint16
+    assert set(np.unique(darker)) == {1852, 3900}

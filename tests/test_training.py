@@ -17,6 +17,7 @@ from edge_inspector.bundles import InputSpec
 from edge_inspector.cameras.synthetic import draw_part
 from edge_inspector.errors import PictureError, TrainingError
 from edge_inspector.inspector import Inspector
+from edge_inspector.preprocess import FormatError, Tile, refuse_unlike
 from edge_inspector.recipes import CameraRecipe, Recipe, RoiRecipe
 from edge_inspector.results import Verdict
 from edge_inspector.runtime import OnnxEngine, judge_samples
@@ -27,9 +28,10 @@ torch = pytest.importorskip("torch", reason='torch is not installed: pip install
 
 from edge_inspector import training  # noqa: E402
 from edge_inspector.training import data, evaluation, generation  # noqa: E402
-from edge_inspector.training.networks import Family  # noqa: E402
+from edge_inspector.training.networks import Family, feature_weights  # noqa: E402
 from edge_inspector.training.networks.fanogan_fit import Fanogan, Fitter  # noqa: E402
 from edge_inspector.training.networks.feature_fit import FeatureAnogan  # noqa: E402
+from edge_inspector.training.networks.feature_material import Extractor, Gatherer, gathered  # noqa: E402
 from edge_inspector.training.orders import Order  # noqa: E402
 from edge_inspector.training.run import Progress, Run  # noqa: E402
 
@@ -205,10 +207,109 @@ def test_bad_folders_are_told_in_words(tmp_path: Path) -> None:
     (odd / "broken.png").write_bytes(b"x")
     shutil.copy(odd / "000.png", odd / "copy.png")
     pictures.write(odd / "large.png", cv2.resize(draw_part(np.random.default_rng(0), 32, 32, False), (64, 48)))
-    told = " ".join(str(remark) for remark in data.survey(odd).remarks)
+    surveyed = data.survey(odd)
+    assert len(surveyed.paths) == 26
+    told = " ".join(str(remark) for remark in surveyed.remarks)
     assert "unreadable (not a picture that OpenCV can read): broken.png" in told
     assert "1 exact copies" in told
     assert "differ in size" in told
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({"seed": -1}, "seed -1"), ({"intensity_window": (100, 100)}, "intensity window 100 100: must rise"),
+     ({"device": "cpu:0"}, "device 'cpu:0'"), ({"device": "cuda:7"}, "0 CUDA devices" if not torch.cuda.is_available() else "7")],
+)  # fmt: skip
+def test_an_order_that_cannot_be_meant_is_refused_in_words(tmp_path: Path, more: dict[str, object], said: str) -> None:
+    with pytest.raises(TrainingError, match=said):
+        training.train(order(tmp_path, drawn(tmp_path / "good", 20), family=SMALL, **more))
+
+
+@pytest.mark.parametrize("count", [72, 73])
+def test_a_corrupt_picture_and_a_copy_are_left_out_and_shown(tmp_path: Path, count: int) -> None:
+    folder = drawn(tmp_path / "good", count)
+    (folder / "broken.png").write_bytes(b"x")
+    shutil.copy(folder / "000.png", folder / "copy.png")
+    trained = training.train(order(tmp_path, folder, family=SMALL))
+    assert len(bundles.open_bundle(trained.folder, tmp_path / "trust").manifest.calibration.scores) == count
+    page = (trained.folder / "report.html").read_text()
+    assert "broken.png" in page
+    assert "copy.png" in page
+    assert not trained.folder.with_name("bundle.training").exists()
+
+
+def test_what_memory_does_not_hold_is_judged_for_the_promise_all_the_same(tmp_path: Path) -> None:
+    """Four tiles a picture; a quarter of all tiles is fitted to."""
+    surveyed = data.survey(drawn(tmp_path / "good", 24, size=64))
+    (tmp_path / "work").mkdir()
+    family = dataclasses.replace(SMALL, most_places=24 * 8 * 8)
+    fitted = family.fit(surveyed, family.input_spec(surveyed, 32, 0), None, Run(tmp_path / "work"))
+    assert np.isfinite(fitted.scores).all()
+    assert any("fitted to 24 tiles" in note for note in fitted.notes)
+    (tmp_path / "other").mkdir()
+    whole = SMALL.fit(surveyed, SMALL.input_spec(surveyed, 32, 0), None, Run(tmp_path / "other"))
+    assert not any("fitted to" in note for note in whole.notes)
+
+
+def test_a_score_is_the_same_from_memory_and_one_by_one(tmp_path: Path) -> None:
+    surveyed = data.survey(drawn(tmp_path / "good", 20))
+    spec = SMALL.input_spec(surveyed, None, 0)
+    (tmp_path / "work").mkdir()
+    material = gathered(surveyed.paths, surveyed.folds(3), spec, None, Run(tmp_path / "work"))
+    heads = SMALL.heads(material, Run(tmp_path / "work"), "x")
+    crossed = feature_weights.cross_fit(material, heads)
+    weights = crossed.normalised((1, 1, 1))
+    tiles = data.load_tiles(surveyed.paths[:1], spec, None)
+    alone = feature_weights.score_of(
+        heads[material.fold[0]], weights, *material.extractor([tiles.images[0]]), torch.from_numpy(tiles.valid)
+    )
+    assert alone == pytest.approx(crossed.scores(weights, spoiled=False)[0], rel=5e-3)  # memory is at half precision
+
+
+def test_a_bright_12_bit_camera_gets_blots_within_its_scale_and_pictures_that_evaluate_reads(tmp_path: Path) -> None:
+    folder = drawn(tmp_path / "good", 24, size=48)
+    for path in pictures.listed(folder):
+        pictures.write(path, (2600 + pictures.read(path)[:, :, 0].astype(np.uint16) * 5))
+    trained = training.train(order(tmp_path, folder, family=SMALL, intensity_window=(0, 4095), alpha=0.2))
+    assert not any("lamp" in remark.text for remark in trained.remarks)
+    opened = bundles.open_bundle(trained.folder, tmp_path / "trust")
+    assert pictures.read(trained.folder / "sample-fail-1.png").max() <= 4095
+    generation.generate(opened, tmp_path / "drawn", 4, seed=1, sources=pictures.listed(folder))
+    shutil.copytree(folder, tmp_path / "drawn" / "test" / "good")
+    with OnnxEngine(opened) as engine:
+        found = training.evaluate(engine, tmp_path / "drawn")
+        assert found.detection is not None
+        assert found.detection.auroc > 0.5
+        pictures.write(tmp_path / "drawn" / "test" / "good" / "eight.png", np.full((48, 48), 200, np.uint8))
+        with pytest.raises(FormatError, match="8-bit frame, but the intensity window reaches to 4095"):
+            training.evaluate(engine, tmp_path / "drawn")
+
+
+def test_tiles_are_never_wider_than_the_pictures(tmp_path: Path) -> None:
+    (tmp_path / "strips").mkdir()
+    for n in range(20):
+        pictures.write(tmp_path / "strips" / f"{n:02d}.png", draw_part(np.random.default_rng(n), 40, 120, False))
+    trained = training.train(order(tmp_path, tmp_path / "strips", family=SMALL, tile=512, alpha=0.2))
+    assert "tiles of 40 px instead of 512" in " ".join(str(remark) for remark in trained.remarks)
+    manifest = bundles.open_bundle(trained.folder, tmp_path / "trust").manifest
+    assert manifest.input.tile == 40
+    with pytest.raises(FormatError, match="narrower than the bundle's tiles"):
+        refuse_unlike(manifest.training, manifest.input, (0, 0, 120, 30))
+    with pytest.raises(TrainingError, match="--tile 8"):
+        thin = dataclasses.replace(data.survey(tmp_path / "strips"), height_px=8, width_px=2000)
+        FeatureAnogan().input_spec(thin, None, 0)
+
+
+def test_what_a_network_must_not_know_is_not_cut_into_what_it_learns(tmp_path: Path) -> None:
+    """Two folds, a dark and a bright one: each has a pool of its own to cut from."""
+    spec = InputSpec(height=32, width=32, order="rgb")
+    run = Run(tmp_path)
+    gatherer = Gatherer(spec, np.arange(20) % 2, Extractor(32, 32, run), run)
+    for row in range(20):
+        image = np.full((32, 32, 3), 200 if row % 2 else 20, np.uint8)
+        gatherer.add(row, [(row, image, Tile(0, 0, 32, 32, 0, 0, 32, 32))])
+    assert {int(tile.max()) for tile in gatherer.pools[0]} == {20}
+    assert {int(tile.max()) for tile in gatherer.pools[1]} == {200}
 
 
 def test_the_tiles_trained_on_are_those_of_the_line(tmp_path: Path) -> None:
@@ -228,5 +329,9 @@ def test_a_full_disk_stops_training_with_a_word_and_it_resumes(tmp_path: Path, s
     with pytest.raises((TrainingError, PictureError)) as caught:
         training.train(wanted)
     assert caught.value.hint
+    with pytest.raises(TrainingError) as caught:
+        training.train(dataclasses.replace(wanted, out=small_disk / "other", family=SMALL))
+    assert caught.value.hint
     fill.unlink()
+    shutil.rmtree(small_disk / "other.training", ignore_errors=True)
     assert training.train(wanted).folder == small_disk / "bundle"

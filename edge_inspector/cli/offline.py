@@ -106,11 +106,11 @@ def train(
         Family.FEATURE_ANOGAN
     ),
     size: Annotated[int | None, typer.Option(help="side of the network's input [384; fanogan 64]")] = None,
-    tile: Annotated[int | None, typer.Option(help="cut pictures into squares of so many pixels, for small defects")] = None,
+    tile: Annotated[int | None, typer.Option(min=16, max=4096, help="side in px of squares that pictures are cut into")] = None,
     overlap: Annotated[float, typer.Option(min=0, max=0.5)] = 0.0,
     intensity_window: Annotated[tuple[int, int] | None, typer.Option(help="for 10 to 16 bit: black and white level")] = None,
     alpha: Annotated[float, typer.Option(min=0.0001, max=0.5, help="share of good parts that may be rejected")] = 0.05,
-    seed: Annotated[int, typer.Option()] = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 1,
     steps: Annotated[int | None, typer.Option(min=20, help="feature-anogan: steps of G and of D [400]")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="feature-anogan: an INT8 backbone, everything fitted to it")] = False,
     width: Annotated[int | None, typer.Option(min=4, max=64, help="fanogan: width of the network [64, the paper's]")] = None,
@@ -320,7 +320,7 @@ def generate(
     out_folder: Annotated[Path, typer.Option("--out", help="folder for the pictures")],
     count: Annotated[int, typer.Option(min=1, max=10_000, help="pictures of each kind")] = 16,
     folder: Annotated[Path | None, typer.Option("--into", help="good pictures to draw defects into [the samples]")] = None,
-    seed: int = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 1,
     trust: TrustOption = _TRUST,
     as_json: JsonOption = False,
 ) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_inspector import pictures
+from edge_inspector.errors import PictureError
 from edge_inspector.frames import Pixels
 
 THUMBNAIL_PX = 24
@@ -34,7 +35,6 @@ class Facts:
     width_px: int
     channels: int
     depth_bits: int
-    sha256: bytes
     brightness: float
     """Mean, 0 to 1."""
     sharpness: float
@@ -63,15 +63,16 @@ class Remark:
         return {"level": self.level, "text": self.text, "pictures": [str(path) for path in self.paths]}
 
 
-def facts(path: Path, image: Pixels, sha256: bytes) -> Facts:
-    """The numbers of one picture, uint8 or uint16 [H, W] or [H, W, 3]."""
+def facts(path: Path, image: Pixels, window: tuple[int, int] | None = None) -> Facts:
+    """The numbers of one picture, uint8 or uint16 [H, W] or [H, W, 3]; `window`: the levels that are black and white."""
     height, width = image.shape[:2]
-    scaled = image.astype(np.float32) / np.iinfo(image.dtype).max
+    low, high = window or (0, np.iinfo(image.dtype).max)
+    scaled = ((image.astype(np.float32) - low) / (high - low)).clip(0, 1)
     grey = cv2.cvtColor(scaled, cv2.COLOR_BGR2GRAY) if image.ndim == 3 else scaled
     thumbnail = cv2.resize(scaled, (THUMBNAIL_PX, THUMBNAIL_PX), interpolation=cv2.INTER_AREA).astype(np.float32)
     return Facts(
         path=path, height_px=height, width_px=width, channels=1 if image.ndim == 2 else 3,
-        depth_bits=image.dtype.itemsize * 8, sha256=sha256, brightness=float(grey.mean()),
+        depth_bits=image.dtype.itemsize * 8, brightness=float(grey.mean()),
         sharpness=float(cv2.Laplacian(grey, cv2.CV_32F).var() / (grey.var() + 1e-6)),
         thumbnail=thumbnail if thumbnail.ndim == 3 else np.repeat(thumbnail[..., None], 3, 2),
         taken_at=path.stat().st_mtime,
@@ -83,7 +84,7 @@ def remarks(found: Sequence[Facts]) -> tuple[Remark, ...]:
     thumbnails = np.stack([f.thumbnail.ravel() for f in found])
     earlier, second = _neighbours(thumbnails)
     return (
-        *_sizes(found), *_copies(found), *_near_copies(found, thumbnails, earlier), *_sessions(found),
+        *_sizes(found), *_near_copies(found, thumbnails, earlier), *_sessions(found),
         *_groups(found, thumbnails), *_strangers(found, second), *_blurred(found), *_lighting(found),
     )  # fmt: skip
 
@@ -110,17 +111,6 @@ def _sizes(found: Sequence[Facts]) -> list[Remark]:
     common = sorted(sizes.items(), key=lambda item: -item[1])[:4]
     listed = ", ".join(f"{w}x{h} ({n})" for (w, h), n in common)
     return [Remark("note", f"pictures differ in size ({len(sizes)} sizes): {listed}; each is fitted to the network's input")]
-
-
-def _copies(found: Sequence[Facts]) -> list[Remark]:
-    seen: set[bytes] = set()
-    again = []
-    for f in found:
-        if f.sha256 in seen:
-            again.append(f.path)
-        seen.add(f.sha256)
-    text = f"{len(again)} exact copies: they add no information and flatter the threshold; delete them"
-    return [Remark("warning", text, tuple(again))] if again else []
 
 
 def _near_copies(found: Sequence[Facts], thumbnails: NDArray[np.float32], earlier: NDArray[np.float32]) -> list[Remark]:
@@ -203,9 +193,12 @@ def _lighting(found: Sequence[Facts]) -> list[Remark]:
 
 
 def montage(paths: Sequence[Path], side: int = 96) -> Pixels:
-    """Thumbnails in a row, so that a person can look: uint8 [side, n * side, 3]."""
+    """Thumbnails in a row, so that a person can look: uint8 [side, n * side, 3]; black where a picture cannot be read."""
     shown = []
     for path in paths[:_SHOWN]:
-        image = pictures.to_bgr8(pictures.read(path))
+        try:
+            image = pictures.to_bgr8(pictures.read(path))
+        except PictureError:
+            image = np.zeros((1, 1, 3), np.uint8)
         shown.append(cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA))
     return np.hstack(shown)

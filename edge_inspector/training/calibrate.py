@@ -19,14 +19,17 @@ from edge_inspector.runtime.engine import picture_score
 GOOD_SAMPLES = 3
 
 
-def blemished(image: Pixels, size: float) -> Pixels:
-    """The picture with a round blot of `size` (share of its height) in its middle, as far from its mean as can be."""
+def blemished(image: Pixels, size: float, scale: tuple[int, int] = (0, 255)) -> Pixels:
+    """The picture with a round blot of `size` (share of its height) in its middle, as far from its mean as can be.
+
+    `scale`: the intensities that are black and white.
+    """
     height, width = image.shape[:2]
     rows, columns = np.mgrid[:height, :width]
     blot = np.hypot(rows - height / 2, columns - width / 2) < max(1.0, size * height / 2)
-    top = np.iinfo(image.dtype).max
+    black, white = scale
     spoiled: NDArray[np.generic] = image.copy()
-    spoiled[blot] = 0 if image.mean() > top / 2 else top
+    spoiled[blot] = black if image.mean() > (black + white) / 2 else white
     return spoiled
 
 
@@ -48,8 +51,9 @@ def limit_samples(engine: Engine, ranked: Sequence[Path], threshold: float, fold
     if not samples:
         raise TrainingError("no ordinary good part passes its own threshold", hint="please report this with the pictures' kind")
     ordinary = pictures.read(folder / samples[0].file)
+    scale = engine.bundle.manifest.training.intensity_window or (0, 255)
     for size in np.geomspace(0.02, 0.8, 12):
-        spoiled = blemished(ordinary, float(size))
+        spoiled = blemished(ordinary, float(size), scale)
         score = picture_score(engine, spoiled)
         if score > 1.05 * threshold:
             pictures.write(folder / "sample-fail-1.png", spoiled)

@@ -49,24 +49,35 @@ class Pictures:
         return fold
 
 
-def survey(folder: Path, tick: Callable[[int, int], None] = lambda _, __: None) -> Pictures:
+def survey(
+    folder: Path, tick: Callable[[int, int], None] = lambda _, __: None, window: preprocess.Window | None = None
+) -> Pictures:
     """Read every picture once: refuse what cannot be used, remark on what looks odd. tick(done, all) after each.
 
-    Raises TrainingError (too few, mixed colours or bit depths) and PictureError (none, no folder).
+    Exact copies are left out: in another fold they would let a network be judged by parts that it knows. `window`: the
+    intensities that are black and white. Raises TrainingError (too few, mixed colours or bit depths) and PictureError (none,
+    no folder).
     """
     paths = pictures.listed(folder)
-    digest, unreadable, found = hashlib.sha256(), [], []
+    digest, unreadable, copies, found = hashlib.sha256(), [], [], []
+    seen: set[bytes] = set()
     for number, path in enumerate(paths, 1):
         try:
             content = path.read_bytes()
             sha256 = hashlib.sha256(content).digest()
-            found.append(audit.facts(path, pictures.decode(content, str(path)), sha256))
+            if sha256 in seen:
+                copies.append(path)
+                continue
+            found.append(audit.facts(path, pictures.decode(content, str(path)), window))
+            seen.add(sha256)
             digest.update(path.name.encode() + b"\0" + sha256)
         except (PictureError, OSError) as error:
             unreadable.append((path, error.message if isinstance(error, PictureError) else str(error)))
-        tick(number, len(paths))
+        finally:
+            tick(number, len(paths))
     if len(found) < MIN_PICTURES:
         why = f" ({len(unreadable)} unreadable: {unreadable[0][1]})" if unreadable else ""
+        why += f" ({len(copies)} exact copies do not count)" if copies else ""
         raise TrainingError(
             f"{folder}: {len(found)} usable pictures{why}, at least {MIN_PICTURES} are needed",
             hint="take more pictures of good parts; 59 support a promised false-reject rate of 5 %, 299 one of 1 %",
@@ -83,6 +94,9 @@ def survey(folder: Path, tick: Callable[[int, int], None] = lambda _, __: None) 
                 hint="train on pictures of one camera setting",
             )
     said = audit.remarks(found)
+    if copies:
+        text = f"{len(copies)} exact copies of others were left out: they add no information"
+        said = (audit.Remark("warning", text, tuple(copies)), *said)
     if unreadable:
         text = "left out, unreadable (" + "; ".join(sorted({why.split(": ", 1)[-1] for _, why in unreadable})) + ")"
         said = (audit.Remark("warning", text, tuple(path for path, _ in unreadable)), *said)

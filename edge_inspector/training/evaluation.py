@@ -22,6 +22,8 @@ from edge_inspector.runtime.engine import judged_tiles
 _MAP_PX = 256
 """Longest side at which maps are compared with masks: AUROC and AUPRO hardly depend on it, memory does."""
 _PRO_LIMIT = 0.3
+_NO_KIND = ("ground_truth", "train")
+"""Folders beside those of the kinds, where FOLDER has no test/."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class Evaluation:
 def labelled(folder: Path) -> dict[str, list[Path]]:
     """Pictures by kind: subfolder names of FOLDER/test or FOLDER; `good` are the good parts. Raises InspectorError."""
     root = folder / "test" if (folder / "test").is_dir() else folder
-    kinds = {p.name: pictures.listed(p) for p in sorted(root.iterdir()) if p.is_dir()} if root.is_dir() else {}
+    found = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name not in _NO_KIND] if root.is_dir() else []
+    kinds = {p.name: pictures.listed(p) for p in found}
     if not kinds:
         raise InspectorError(
             f"{folder}: no labelled pictures", hint="expected subfolders: good/ and one for each kind of defect"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -50,14 +51,14 @@ def generate(
     `out` gets MVTec layout, so that `evaluate` reads it: test/good, test/learned, test/withheld, ground_truth/; and the
     sheets drawn.png and walks.png. Defects go into `sources`, or into the bundle's own good samples. Raises PictureError.
     """
-    rng = np.random.default_rng(seed)
+    rng, window = np.random.default_rng(seed), bundle.manifest.training.intensity_window
     _made(out)
     good = 0
     if GENERATOR in bundle.manifest.files:
         draw = Drawer(bundle)
         drawn = draw(rng.standard_normal((count, draw.latent), dtype=np.float32))
         for number, picture in enumerate(drawn):
-            _put(out / "test" / "good", f"{number:04d}", picture)
+            _put(out / "test" / "good", f"{number:04d}", _as_camera(picture, window))
             tick()
         good = len(drawn)
         rows = [drawn[i : i + _ACROSS] for i in range(0, min(good, _ACROSS**2), _ACROSS)]
@@ -66,10 +67,10 @@ def generate(
     sources = sources or [bundle.folder / s.file for s in bundle.manifest.samples if s.verdict is Verdict.PASS]
     for name, family in _FAMILIES.items():
         for number in range(count):
-            picture = _read(sources[number % len(sources)])
-            other = _read(sources[int(rng.integers(len(sources)))])
+            picture = _read(sources[number % len(sources)], window)
+            other = _read(sources[int(rng.integers(len(sources)))], window)
             spoiled, mask = synthesis.visibly_spoiled(rng, picture, other if other.shape == picture.shape else picture, family)
-            _put(out / "test" / name, f"{number:04d}", spoiled)
+            _put(out / "test" / name, f"{number:04d}", _as_camera(spoiled, window))
             _put(out / "ground_truth" / name, f"{number:04d}_mask", mask * np.uint8(255))
             tick()
     return Generated(good, count * len(_FAMILIES))
@@ -88,11 +89,21 @@ def _sheet(rows: Sequence[Picture]) -> Picture:
     return np.concatenate([np.concatenate(list(row), 1) for row in rows], 0)
 
 
-def _read(path: Path) -> Picture:
-    """A picture as uint8 [H, W, C]."""
+def _read(path: Path, window: tuple[int, int] | None) -> Picture:
+    """A picture as uint8 [H, W, C]; `window`: what is black and white in it."""
     image = pictures.read(path)
-    image = pictures.to_bgr8(image) if image.dtype != np.uint8 else image
-    return image.reshape(*image.shape[:2], -1).astype(np.uint8, copy=False)
+    low, high = window or (0, np.iinfo(image.dtype).max)
+    levels = (image.astype(np.float32) - low) * (255 / (high - low))
+    return np.asarray(levels.clip(0, 255).round(), np.uint8).reshape(*image.shape[:2], -1)
+
+
+def _as_camera(picture: Picture, window: tuple[int, int] | None) -> NDArray[Any]:
+    """A picture uint8 [H, W, C] with the intensities that the bundle's camera gives."""
+    if window is None:
+        return picture
+    low, high = window
+    levels = (low + picture.astype(np.float32) * ((high - low) / 255)).round()
+    return np.asarray(levels, np.uint16 if high > np.iinfo(np.uint8).max else np.uint8)
 
 
 def _made(folder: Path) -> None:
@@ -102,6 +113,6 @@ def _made(folder: Path) -> None:
         raise PictureError(f"{folder}: {error.strerror}", hint="give a folder that can be written with --out") from error
 
 
-def _put(folder: Path, name: str, picture: Picture) -> None:
+def _put(folder: Path, name: str, picture: NDArray[Any]) -> None:
     _made(folder)
     pictures.write(folder / f"{name}.png", picture)

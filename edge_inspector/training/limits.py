@@ -67,11 +67,10 @@ def curve(
     for done, path in enumerate(chosen, 1):
         image = pictures.read(path)
         shorter += min(image.shape[:2])
-        full = manifest.training.intensity_window or (0, np.iinfo(image.dtype).max)
+        scale = manifest.training.intensity_window or (0, 255)
         for i, contrast in enumerate(CONTRASTS):
             for j, size in enumerate(SIZES):
-                levels = contrast / 255 * (full[1] - full[0])
-                chipped = synthesis.chipped(rng, image, max(1.0, size * min(image.shape[:2])), levels)
+                chipped = synthesis.chipped(rng, image, max(1.0, size * min(image.shape[:2])), contrast / 255, scale)
                 hits[i, j] += picture_score(engine, chipped) > manifest.threshold
         tick(done, len(chosen))
     sizes = tuple(round(max(1.0, size * shorter / len(chosen)), 1) for size in SIZES)

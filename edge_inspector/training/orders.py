@@ -24,9 +24,9 @@ from edge_inspector.runtime import OnnxEngine, judge_samples
 from edge_inspector.training import audit, calibrate, data, export, limits, report
 from edge_inspector.training.networks import Family, Fitted
 from edge_inspector.training.networks.feature_fit import FeatureAnogan
-from edge_inspector.training.run import Progress, Run
+from edge_inspector.training.run import Progress, Run, key_of
 
-_PARITY_PICTURES = 16
+_PARITY_PICTURES, _WHITEST = 16, 65535
 
 
 @dataclass(frozen=True)
@@ -80,38 +80,76 @@ def train(
     `on_audit` is told what the folder holds before anything is fitted. Where `stopping` says so, training saves a
     checkpoint and raises KeyboardInterrupt. Raises TrainingError, PictureError, BundleError.
     """
-    if order.out.exists():
-        raise TrainingError(f"{order.out}: exists already", hint="give another --out, or remove the old bundle")
-    for name in (order.product, order.name):
-        if not re.match(NAME_PATTERN, name):
-            raise TrainingError(f"name {name!r}: must be small letters, digits and single hyphens", hint="as in: my-product")
+    try:
+        return _train(order, on_progress, on_audit, stopping)
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or order.out}: {error.strerror}",
+            hint="free some space and run the same command again: it resumes from the last checkpoint",
+        ) from error
+
+
+def _train(
+    order: Order, on_progress: Callable[[Progress], None], on_audit: Callable[[data.Pictures], None],
+    stopping: Callable[[], bool],
+) -> Trained:  # fmt: skip
+    _refuse(order)
     work = order.out.with_name(order.out.name + ".training")
     if order.restart:
         shutil.rmtree(work, ignore_errors=True)
     _make(work)
     run = Run(work, device=order.device, seed=order.seed, on_progress=on_progress, stopping=stopping,
               minutes=order.minutes)  # fmt: skip
-    surveyed = data.survey(order.folder, lambda done, count: run.tell("reading", done, count))
+    surveyed = data.survey(order.folder, lambda done, count: run.tell("reading", done, count), order.intensity_window)
     if surveyed.depth_bits != 8 and order.intensity_window is None:
         raise TrainingError(
             f"{order.folder}: {surveyed.depth_bits}-bit pictures need --intensity-window LOW HIGH",
             hint="0 4095 for a 12-bit camera, 0 1023 for 10 bit",
         )
+    shorter = min(surveyed.height_px, surveyed.width_px)
+    if order.tile is not None and order.tile > shorter:
+        remark = audit.Remark("note", f"tiles of {shorter} px instead of {order.tile}: the pictures are no larger")
+        order, surveyed = replace(order, tile=shorter), replace(surveyed, remarks=(*surveyed.remarks, remark))
     if run.first:
         on_audit(surveyed)
-    family = order.family
-    if order.latency_ms is not None:
-        family = family.within_ms(surveyed, order.tile, order.overlap, order.latency_ms)
-        order = replace(order, family=family)
-    spec = family.input_spec(surveyed, order.tile, order.overlap)
     try:
-        fitted = family.fit(surveyed, spec, order.intensity_window, run)
+        order = _light_enough(order, surveyed, run)
+        spec = order.family.input_spec(surveyed, order.tile, order.overlap)
+        fitted = order.family.fit(surveyed, spec, order.intensity_window, run)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"{order.device}: out of memory: {str(error).splitlines()[0]}",
             hint="close what else uses the GPU, give a smaller --size, or train with --device cpu",
         ) from error
     return _everywhere(run, lambda: _bundle(order, surveyed, spec, fitted, run))
+
+
+def _refuse(order: Order) -> None:
+    """Raise TrainingError for what cannot be meant."""
+    if order.out.exists():
+        raise TrainingError(f"{order.out}: exists already", hint="give another --out, or remove the old bundle")
+    for name in (order.product, order.name):
+        if not re.match(NAME_PATTERN, name):
+            raise TrainingError(f"name {name!r}: must be small letters, digits and single hyphens", hint="as in: my-product")
+    if order.intensity_window is not None and not 0 <= order.intensity_window[0] < order.intensity_window[1] <= _WHITEST:
+        low, high = order.intensity_window
+        raise TrainingError(f"intensity window {low} {high}: must rise, from 0 at least to {_WHITEST} at most")
+    if order.seed < 0:
+        raise TrainingError(f"seed {order.seed}: must not be negative")
+
+
+def _light_enough(order: Order, surveyed: data.Pictures, run: Run) -> Order:
+    """The order with a family that keeps its latency; measured once, so that a resumed run and all processes agree."""
+    if order.latency_ms is None:
+        return order
+    about = {**asdict(order.family), "latency_ms": order.latency_ms, "tile": order.tile, "digest": surveyed.digest}  # type: ignore[call-overload]
+    key = key_of(about)
+    found = run.load("latency", key)
+    if found is None:
+        family = order.family.within_ms(surveyed, order.tile, order.overlap, order.latency_ms) if run.first else order.family
+        found = run.shared({"settings": asdict(family)}, 0)  # type: ignore[call-overload]
+        run.save("latency", key, found)
+    return replace(order, family=type(order.family)(**found["settings"]))
 
 
 def _everywhere(run: Run, make: Callable[[], Trained]) -> Trained:

@@ -192,7 +192,7 @@ tail alone would put it at {promise.fitted:.4g}, without confidence. Parts betwe
 but another set of {promise.n} pictures might have failed them: they are worth a look. All of this holds for parts like those
 in the pictures; what the pictures do not show is not covered.</p>
 {_histogram(manifest.calibration.scores, promise)}
-<h2>Detection limit</h2><p>Chips drawn into good parts, a kind of defect the network never saw: share found at this
+<h2>Detection limit</h2><p>Chips drawn into good parts, a kind of defect that no network was trained on: share found at this
 threshold, by diameter and contrast (of 255), {limit.parts} each. {html.escape(str(limit)).capitalize()}. Real defects differ:
 this says what cannot be hoped for.</p>{_limit_table(limit)}
 <h2>The pictures</h2><ul>{_remarks(surveyed.remarks)}</ul>

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -51,11 +53,14 @@ class Run:
 
         Raises TrainingError without the device.
         """
-        kind, _, index = device.partition(":")
-        if kind not in ("cpu", "cuda"):
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
             raise TrainingError(f"device {device!r}: must be cpu, cuda or cuda:N")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise TrainingError("no CUDA device here", hint="train with --device cpu, or check nvidia-smi and torch's build")
+        kind, _, index = device.partition(":")
+        if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+            raise TrainingError(
+                f"device {device}: {torch.cuda.device_count()} CUDA devices are here",
+                hint="train with --device cpu, or check nvidia-smi and torch's build",
+            )
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         world = int(os.environ.get("WORLD_SIZE", "1"))
         self.fabric = Fabric(
@@ -78,6 +83,10 @@ class Run:
         """A generator that depends on the seed and `parts` alone, never on what ran before: resuming changes nothing."""
         digest = hashlib.sha256(json.dumps([self.seed, *parts]).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+    def reseed(self, *parts: int) -> None:
+        """Seed PyTorch's own generators, on every device, by the seed, `parts` and the process alone."""
+        torch.manual_seed(int(torch.randint(2**53, (1,), generator=self.seeded(self.rank, *parts))))
 
     def rng(self, *parts: int) -> np.random.Generator:
         """The same for numpy."""
@@ -148,12 +157,21 @@ class Run:
             ) from error
 
     def load(self, name: str, key: str) -> dict[str, Any] | None:
-        """The checkpoint, or None. Raises TrainingError for a damaged one, or one of other settings or pictures."""
+        """The checkpoint, or None; the first process reads, all have it.
+
+        Raises TrainingError for a damaged one, or one of other settings or pictures.
+        """
+        state: dict[str, Any] | None = self.shared(self._read(name, key) if self.first else None, 0)
+        if state is not None:
+            self.losses.update(state["losses"])
+        return state
+
+    def _read(self, name: str, key: str) -> dict[str, Any] | None:
         path = self.folder / f"{name}{_SUFFIX}"
         if not path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise TrainingError(f"{path}: damaged checkpoint: {error}", hint="delete it, or train with --restart") from error
         if state["key"] != key:
@@ -161,14 +179,12 @@ class Run:
                 f"{path}: made with other settings or pictures",
                 hint="give the settings it was started with, another --out, or --restart",
             )
-        self.losses.update(state["losses"])
         return state
 
     def forget(self) -> None:
-        """Remove the checkpoints: the bundle is made."""
+        """Remove checkpoints and sheets: the bundle is made."""
         if self.first:
-            for path in self.folder.glob(f"*{_SUFFIX}"):
-                path.unlink()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def key_of(settings: dict[str, Any], *arrays: NDArray[Any]) -> str:

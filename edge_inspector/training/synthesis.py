@@ -186,20 +186,25 @@ def visibly_spoiled(rng: Rng, picture: Picture, other: Picture, family: Family, 
     return made, mask
 
 
-def chipped(rng: Rng, picture: NDArray[Any], diameter_px: float, levels: float) -> NDArray[Any]:
-    """The picture, uint8 or uint16 [H, W] or [H, W, C], with one chip of that size, darker or brighter by so many levels."""
+def chipped(
+    rng: Rng, picture: NDArray[Any], diameter_px: float, contrast: float, scale: tuple[int, int] = (0, 255)
+) -> NDArray[Any]:
+    """The picture, uint8 or uint16 [H, W] or [H, W, C], with one chip of that size, darker or brighter.
+
+    `contrast` is a share of the intensity `scale`, black to white.
+    """
     height, width = picture.shape[:2]
     mask = _chip(rng, height, width, diameter_px / 2)
     if not mask.any():  # a polygon smaller than a pixel
         row, column = rng.integers(height), rng.integers(width)
         mask[row, column] = 1
     inside = mask.astype(bool)
-    top = np.iinfo(picture.dtype).max
+    low, high = scale
     # Away from the nearer end of the scale, so that the contrast asked for is the contrast drawn.
-    sign = -1 if picture[inside].mean() > top / 2 else 1
+    sign = -1 if picture[inside].mean() > (low + high) / 2 else 1
     out = picture.astype(np.float32)
-    out[inside] = out[inside] + sign * levels
-    return out.clip(0, top).astype(picture.dtype)
+    out[inside] = (out[inside] + sign * contrast * (high - low)).clip(low, high)
+    return out.astype(picture.dtype)
 
 
 def jittered(rng: Rng, picture: Picture) -> Picture:

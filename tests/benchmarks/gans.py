@@ -42,7 +42,7 @@ def measured(folder: Path, given: argparse.Namespace, seed: int, work: Path) -> 
     fitter = Fitter(tiles.of(~held).images, settings, Run(work, seed=seed, minutes=given.minutes), surveyed.digest)
     fitter.hurry()
     graph = fitter.graph()
-    graph.balance(torch.from_numpy(tiles.of(held).images))
+    graph.balance(torch.from_numpy(tiles.of(~held).images))
     seconds, cpu_s = time.monotonic() - began, time.process_time() - cpu
     watched = watching.watch(fitter.drawn, tiles.of(~held).images, tiles.of(held).images)
     listed = [(kind, path) for kind, paths in labelled(folder).items() for path in paths]

@@ -38,7 +38,8 @@ def part_of(material: Material, index: Tensor, folds: np.ndarray) -> Material:
     return Material(
         material.good.some(index), material.jittered.some(index), material.spoiled.some(index),
         material.withheld.some(drawn), material.judged[index], material.shown[index], {}, folds, np.arange(len(index)),
-        material.backbone,
+        np.ones(len(index), bool),
+        material.extractor,
     )  # fmt: skip
 
 

@@ -199,7 +199,7 @@ class FanoganGraph(nn.Module):
 
     @torch.no_grad()
     def balance(self, image: Tensor) -> None:
-        """Set the terms' units from good pictures that the networks were not fitted to: uint8 [N, S, S, C]."""
+        """Set the terms' units from the good pictures fitted to: uint8 [N, S, S, C]. Scores of those held out stay honest."""
         peaks = []
         for part in image.split(64):  # type: ignore[no-untyped-call]
             x = part.float().permute(0, 3, 1, 2) / 127.5 - 1

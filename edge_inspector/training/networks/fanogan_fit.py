@@ -88,9 +88,9 @@ class Fanogan:
         if run.left_s() is not None:
             fitter.hurry()
         graph = fitter.graph()
-        graph.balance(torch.from_numpy(tiles.of(held).images))
-        held_tiles = tiles.of(held)
-        watched = watching.watch(fitter.drawn, tiles.of(~held).images, held_tiles.images)
+        fitted_tiles, held_tiles = tiles.of(~held), tiles.of(held)
+        graph.balance(torch.from_numpy(fitted_tiles.images))
+        watched = watching.watch(fitter.drawn, fitted_tiles.images, held_tiles.images)
         return Fitted(
             graph, scored(graph, held_tiles, len(surveyed.paths)), "held out: the network never saw these parts",
             watched.figures(), watched.said(), (fanogan.Drawing(fitter.g).cpu().eval(), fanogan.LATENT),
@@ -131,8 +131,6 @@ class Fitter:
         }
         self.gan_step = self.encoder_step = 0
         self._sheet_latents = torch.randn(_SHEET, fanogan.LATENT, device=run.device)
-        if run.rank:
-            torch.manual_seed(run.seed + run.rank)  # same networks, other pictures
 
     def _placed(self, network: Any) -> Any:
         return network.to(device=self.run.device, memory_format=torch.channels_last)
@@ -166,7 +164,6 @@ class Fitter:
             whole_s = s.gan_steps * costs[0] + s.encoder_steps * costs[1]
             plan = {"share": self.run.shared(0.9 * (self.run.left_s() or 0.0) / whole_s, 0)}
             self.run.save("plan", key, plan)
-            torch.manual_seed(self.run.seed + self.run.rank)
         share = plan["share"]
         self.settings = replace(
             s, gan_steps=max(1, int(share * s.gan_steps)), encoder_steps=max(1, int(share * s.encoder_steps))
@@ -207,6 +204,7 @@ class Fitter:
         return fake
 
     def _step_gan(self) -> dict[str, float]:
+        self.run.reseed(0, self.gan_step)  # a resumed run draws what an uninterrupted one does; each process its own
         wasserstein, penalty = 0.0, 0.0
         for _ in range(self.settings.critic_steps):
             with torch.no_grad():
@@ -218,6 +216,7 @@ class Fitter:
         return {"wasserstein": wasserstein, "penalty": penalty}
 
     def _step_encoder(self) -> dict[str, float]:
+        self.run.reseed(1, self.encoder_step)
         loss = fanogan.izi_f_loss(self._real(), self.g, self.d, self.e)
         self._descend("e", self.e, loss)
         return {"residual": loss.item()}
@@ -255,7 +254,6 @@ class Fitter:
             "steps": [self.gan_step, self.encoder_step],
             "networks": {name: network.state_dict() for name, network in self._networks()},
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
-            "random": torch.get_rng_state(),
         }
         self.run.save("fanogan", self.key, state)
 
@@ -268,4 +266,3 @@ class Fitter:
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
         self.gan_step, self.encoder_step = state["steps"]
-        torch.set_rng_state(state["random"].cpu())

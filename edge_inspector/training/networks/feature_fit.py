@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import cv2
@@ -19,12 +20,21 @@ from edge_inspector.bundles import InputSpec
 from edge_inspector.errors import TrainingError
 from edge_inspector.preprocess import Window
 from edge_inspector.training import export
-from edge_inspector.training.data import Pictures
+from edge_inspector.training.data import Pictures, load_tiles
 from edge_inspector.training.networks import Fitted
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks.backbone import Backbone
-from edge_inspector.training.networks.feature_material import COVERED, WITHHELD, Material, Store, gathered, parts
-from edge_inspector.training.networks.feature_weights import Weighing, cross_fit, term_maps, weighed
+from edge_inspector.training.networks.feature_material import (
+    COVERED,
+    MOST_PLACES,
+    WITHHELD,
+    Extractor,
+    Material,
+    Store,
+    gathered,
+    parts,
+)
+from edge_inspector.training.networks.feature_weights import Weighing, cross_fit, score_of, term_maps, weighed
 from edge_inspector.training.run import Run, key_of
 
 _BATCH = 8
@@ -33,7 +43,9 @@ _RIDGE = 0.05
 _CORESET_ROWS, _SKETCH = 40_000, 64
 _ROWS, _ROW_BATCH, _TILES, _NEAR = 120_000, 1024, 128, 0.05
 _NOISE = 0.5
-_EXEMPLARS, _SHEET = 24, 8
+_EXEMPLARS, _WIDEST = 24, 4096
+_ENOUGH = 300
+"""Pictures that are judged for the promise however short the time."""
 _SIDES = (512, 448, 384, 320, 256, 192, 128)
 _TRIALS, _MOST_STEPS, _SPENT = (20, 40), 4000, 0.8
 """Steps of the two short fits; the most that are taken; the share of the time that heads may take."""
@@ -224,8 +236,8 @@ class FeatureAnogan:
     steps: int = 400
     """For the generator, and again for the discriminator."""
     folds: int = 3
-    most_pictures: int = 1000
-    """Of more pictures so many are taken, evenly; the promise needs no more."""
+    most_places: int = MOST_PLACES
+    """Of more tiles so many are taken, evenly, as have that many feature places."""
     int8: bool = False
     """Quantise the backbone first, and fit everything to its features."""
 
@@ -237,6 +249,11 @@ class FeatureAnogan:
         """Same shape as the pictures (tiles are square), multiples of 32, about side^2 pixels."""
         aspect = surveyed.width_px / surveyed.height_px if tile is None else 1.0
         height, width = (max(32, 32 * round(self.side * ratio / 32)) for ratio in (aspect**-0.5, aspect**0.5))
+        if max(height, width) > _WIDEST:
+            raise TrainingError(
+                f"pictures of {surveyed.width_px}x{surveyed.height_px} would need an input of {width}x{height}",
+                hint=f"cut them into squares: --tile {min(surveyed.width_px, surveyed.height_px)}",
+            )
         enlarged = (tile or surveyed.width_px) < width
         return InputSpec(
             height=height, width=width, channels=3, order="rgb", interpolation="linear" if enlarged else "area",
@@ -245,21 +262,24 @@ class FeatureAnogan:
 
     def fit(self, surveyed: Pictures, spec: InputSpec, window: Window | None, run: Run) -> Fitted:
         """Features once; heads for each fold and for all; weights and scores from the folds."""
-        count = len(surveyed.paths)
-        taken = np.unique(np.linspace(0, count - 1, min(count, self.most_pictures)).round().astype(int))
-        material = gathered([surveyed.paths[i] for i in taken], surveyed.folds(self.folds)[taken], spec, window, run,
-                            int8=self.int8)  # fmt: skip
+        material = gathered(
+            surveyed.paths, surveyed.folds(self.folds), spec, window, run, most_places=self.most_places, int8=self.int8
+        )
         about = {"seed": run.seed, "digest": surveyed.digest, "input": spec.model_dump(), "window": window}
         settings = self if run.left_s() is None else self._affordable(material, run, key_of({**asdict(self), **about}))
         every = settings.heads(material, run, key_of({**asdict(settings), **about}))
-        crossed, heads = cross_fit(material, every), every[-1]
+        crossed, heads, backbone = cross_fit(material, every), every[-1], material.extractor.exported
         weighing = weighed(crossed)
-        graph = networks.FeatureAnoganGraph(material.backbone, heads, _exemplars(heads, material, run), weighing.weights).eval()
-        scores = np.full(count, np.nan)
-        np.fmax.at(scores, taken[material.picture], crossed.scores(weighing.weights, spoiled=False))
+        graph = networks.FeatureAnoganGraph(backbone, heads, _exemplars(heads, material, run), weighing.weights).eval()
+        scores = np.full(len(surveyed.paths), np.nan)
+        np.fmax.at(scores, material.picture, crossed.scores(weighing.weights, spoiled=False))
+        scores[~material.whole] = np.nan
+        if run.first and not material.whole.all():
+            by_fold = [every[fold] for fold in surveyed.folds(self.folds)]
+            _judge_others(scores, surveyed.paths, by_fold, weighing.weights, material.extractor, (spec, window), run)
         return Fitted(
             graph, scores, f"cross-fitted: each part by a network fitted to the other {self.folds - 1} of {self.folds} folds",
-            {"drawn_defects_auroc": weighing.auroc, "steps": settings.steps}, self._notes(weighing, count, len(taken)),
+            {"drawn_defects_auroc": weighing.auroc, "steps": settings.steps}, self._notes(weighing, material),
             sheets="Parts with drawn defects, and the anomaly maps of networks that knew neither the parts nor such defects.",
         )  # fmt: skip
 
@@ -302,30 +322,36 @@ class FeatureAnogan:
             run.save("plan", key, plan)
         return replace(self, steps=plan["steps"])
 
-    def _notes(self, weighing: Weighing, count: int, taken: int) -> tuple[str, ...]:
+    def _notes(self, weighing: Weighing, material: Material) -> tuple[str, ...]:
         notes = [f"drawn defects of kinds never trained on are told from good parts with AUROC {weighing.auroc:.3f}"]
         if len(weighing.weights) < len(networks.TERMS):
             notes.append(f"terms: {', '.join(weighing.weights)}; the others made drawn defects harder to tell")
         if "gaussian" not in weighing.weights:
             notes.append("where a feature lies did not help: the parts lie freely, or look the same everywhere")
-        if taken < count:
-            notes.append(f"{taken} of {count} pictures were used, taken evenly in name order")
+        if not material.whole.all():
+            notes.append(f"fitted to {len(material.good)} tiles, taken evenly of more; the others were judged for the promise")
         return tuple(notes)
 
     def heads(self, material: Material, run: Run, key: str) -> dict[int, networks.Heads]:
         """Heads without each fold, and for all under -1; fitted by the processes in turn, or read from checkpoints."""
         folds = (*range(self.folds), -1)
         name = {fold: f"heads-{fold}" if fold >= 0 else "heads-all" for fold in folds}
-        states = run.shared({fold: run.load(name[fold], key) for fold in folds} if run.first else None, 0)
-        missing = [fold for fold in folds if states[fold] is None]
-        for fold in missing[run.rank :: run.world]:
-            states[fold] = {"heads": _Fitter(material, self, run, fold).heads().cpu().state_dict()}
-            run.save(name[fold], key, states[fold])
-            if fold >= 0:
-                run.sheet(name[fold], _sheet(_loaded(states[fold]["heads"], material), material, fold))
+        loaded = {fold: run.load(name[fold], key) for fold in folds}
+        states = {fold: state for fold, state in loaded.items() if state is not None}
+        missing = [fold for fold in folds if fold not in states]
+        for start in range(0, len(missing), run.world):
+            together = missing[start : start + run.world]
+            fitted = None
+            if run.rank < len(together):
+                heads = _Fitter(material, self, run, together[run.rank]).heads()
+                fitted = {"heads": heads.cpu().state_dict()}, run.losses
+            for owner, fold in enumerate(together):
+                states[fold], losses = run.shared(fitted, owner)
+                run.losses.update(losses)
+                run.save(name[fold], key, states[fold])
+                if fold >= 0 and run.first:
+                    run.sheet(name[fold], _sheet(_loaded(states[fold]["heads"], material), material, fold))
             run.stop_if_asked()
-        for turn, fold in enumerate(missing):
-            states[fold] = run.shared(states[fold], turn % run.world)
         return {fold: _loaded(state["heads"], material) for fold, state in states.items()}
 
 
@@ -340,6 +366,24 @@ def _exemplars(heads: networks.Heads, material: Material, run: Run) -> networks.
     return networks.Exemplars(torch.cat(keys)[chosen], material.shown[chosen])
 
 
+def _judge_others(
+    scores: NDArray[np.float64], paths: Sequence[Path], heads: Sequence[networks.Heads],
+    weights: dict[str, tuple[float, float]], extractor: Extractor, seen_as: tuple[InputSpec, Window | None], run: Run,
+) -> None:  # fmt: skip
+    """Fill in the scores that are still NaN, each by the heads that did not see the picture, as far as time allows."""
+    order = run.rng(len(paths)).permutation(np.flatnonzero(np.isnan(scores)))
+    for done, number in enumerate(order, 1):
+        tiles = load_tiles([paths[number]], *seen_as)
+        found = [
+            score_of(heads[number], weights, *extractor(list(tiles.images[part])), torch.from_numpy(tiles.valid[part]))
+            for part in parts(torch.arange(len(tiles.images)), _BATCH)
+        ]
+        scores[number] = max(found)
+        run.tell("judging the others", done, len(order))
+        if done >= _ENOUGH and run.left_s() == 0:
+            return
+
+
 def _loaded(state: dict[str, Tensor], material: Material) -> networks.Heads:
     h, w = material.judged.shape[1:]
     heads = networks.empty_heads(h, w, len(state["bank.square"]))
@@ -349,7 +393,7 @@ def _loaded(state: dict[str, Tensor], material: Material) -> networks.Heads:
 
 def _sheet(heads: networks.Heads, material: Material, fold: int) -> NDArray[np.uint8]:
     """Parts of the fold with drawn defects, none of which these heads know, above their anomaly maps."""
-    rows = [row for row in material.drawn if material.fold[row // WITHHELD] == fold][:_SHEET]
+    rows = [row for row in material.drawn if material.fold[row // WITHHELD] == fold]
     maps = term_maps(heads, material.withheld, torch.tensor(rows))
     far = ((maps - maps.mean((0, 2, 3), keepdim=True)) / maps.std((0, 2, 3), keepdim=True)).sum(1)
     level = (255 * far / far.amax()).clamp(0, 255).to(torch.uint8).numpy()

@@ -27,7 +27,11 @@ WITHHELD = 2
 """Drawn defects of withheld families per picture, to weigh the terms with."""
 COVERED = 0.3
 """Share of a place that a drawn defect must cover for it to be called bad."""
-_BATCH, _POOL, _RANGES, _DRAWN = 8, 32, 32, 24
+SHEET = 8
+"""Pictures of each fold that are kept to be shown."""
+MOST_PLACES = 1000 * 48 * 48
+"""What is kept in memory, in feature places of good tiles: 1000 of 384 x 384 px, 2.5 GB."""
+_BATCH, _POOL, _RANGES = 8, 32, 32
 Drawn = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """Picture [H, W, 3] and mask [H, W]."""
 
@@ -74,7 +78,7 @@ class Store:
 
 @dataclass
 class Material:
-    """Everything the heads are fitted to and weighed with. Tiles of one picture stay together."""
+    """Everything the heads are fitted to and weighed with: every tile, or so many as fit into memory, taken evenly."""
 
     good: Store
     jittered: Store
@@ -92,8 +96,10 @@ class Material:
     """[tiles]"""
     picture: NDArray[np.intp]
     """[tiles]"""
-    backbone: nn.Module
-    """What made the features, for the graph."""
+    whole: NDArray[np.bool_]
+    """[pictures], whether every tile of a picture is here."""
+    extractor: Extractor
+    """What made the features."""
 
 
 class Extractor:
@@ -142,34 +148,38 @@ def _resized(picture: NDArray[np.uint8], size: tuple[int, int], interpolation: i
     return cv2.resize(picture, size, interpolation=interpolation).astype(np.uint8, copy=False)
 
 
-class _Gatherer:
+class Gatherer:
     """Turns pictures into Material, a batch at a time."""
 
-    def __init__(self, spec: InputSpec, tiles: int, extractor: Extractor, run: Run) -> None:
-        self.run, self.extractor = run, extractor
+    def __init__(self, spec: InputSpec, folds: NDArray[np.intp], extractor: Extractor, run: Run) -> None:
+        """`folds`: of each tile."""
+        self.run, self.extractor, self.folds, tiles = run, extractor, folds, len(folds)
         self.h, self.w = spec.height // networks.STRIDE, spec.width // networks.STRIDE
         self.good, self.jittered, self.spoiled = (Store(tiles, self.h, self.w) for _ in range(3))
         self.withheld = Store(WITHHELD * tiles, self.h, self.w)
         self.waiting: dict[Store, list[tuple[int, NDArray[np.uint8]]]] = {}
-        self.pool: list[NDArray[np.uint8]] = []
+        self.pools: dict[int, list[NDArray[np.uint8]]] = {fold: [] for fold in set(folds.tolist())}
+        """Good tiles to cut from, of each fold: pieces of parts that a network must not know would be taught to it as bad."""
         self.drawn: dict[int, NDArray[np.uint8]] = {}
-        self.every = max(1, tiles // _DRAWN)
+        inside = [np.flatnonzero(folds == fold) for fold in self.pools]
+        self.to_show = {int(row) for rows in inside for row in rows[np.linspace(0, len(rows) - 1, SHEET).astype(int)]}
 
     def half(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """A tile at half its size."""
         return _resized(image, (image.shape[1] // 2, image.shape[0] // 2), cv2.INTER_AREA)
 
-    def add(self, number: int, first: int, plan: preprocess.Plan, images: NDArray[np.uint8]) -> None:
-        """Take the tiles of one picture, from row `first` on, and draw their copies."""
+    def add(self, number: int, tiles: list[tuple[int, NDArray[np.uint8], preprocess.Tile]]) -> None:
+        """Take tiles of one picture with their rows, and draw their copies."""
         rng = self.run.rng(number)
-        for row, (image, tile) in enumerate(zip(images, plan.tiles, strict=True), first):
-            if len(self.pool) < _POOL:
-                self.pool.append(image)
+        for row, image, tile in tiles:
+            pool = self.pools[int(self.folds[row])]
+            if len(pool) < _POOL:
+                pool.append(image)
             elif rng.random() < 0.2:
-                self.pool[rng.integers(_POOL)] = image
+                pool[rng.integers(_POOL)] = image
 
-            def spoilt(picture: NDArray[np.uint8], family: synthesis.Family) -> Drawn:
-                other = self.pool[rng.integers(len(self.pool))]
+            def spoilt(picture: NDArray[np.uint8], family: synthesis.Family, pool: list[NDArray[np.uint8]] = pool) -> Drawn:
+                other = pool[rng.integers(len(pool))]
                 other = _resized(other, (picture.shape[1], picture.shape[0]), cv2.INTER_AREA)
                 return synthesis.visibly_spoiled(rng, picture, other, family)
 
@@ -183,7 +193,7 @@ class _Gatherer:
             for n in range(WITHHELD):
                 drawn = drawn_within(image, tile, lambda p: spoilt(p, synthesis.WITHHELD))
                 self._put(self.withheld, WITHHELD * row + n, *drawn)
-            if row % self.every == 0:
+            if row in self.to_show:
                 self.drawn[WITHHELD * row + n] = self.half(drawn[0])
 
     def _put(self, store: Store, row: int, image: NDArray[np.uint8], mask: NDArray[np.uint8] | None) -> None:
@@ -206,27 +216,36 @@ class _Gatherer:
 
 
 def gathered(
-    paths: Sequence[Path], folds: NDArray[np.intp], spec: InputSpec, window: Window | None, run: Run, *, int8: bool = False
-) -> Material:
+    paths: Sequence[Path], folds: NDArray[np.intp], spec: InputSpec, window: Window | None, run: Run,
+    *, most_places: int = MOST_PLACES, int8: bool = False,
+) -> Material:  # fmt: skip
     """Features of pictures, of their jittered copies, and of copies with drawn defects. Raises PictureError."""
     sizes = [pictures.read(path).shape for path in paths]
     shared = {size: preprocess.Plan(spec, Roi(), size[0], size[1], window) for size in set(sizes)}
     plans = [shared[size] for size in sizes]
-    owner = np.repeat(np.arange(len(paths)), [len(plan.tiles) for plan in plans])
+    counts = np.array([len(plan.tiles) for plan in plans])
+    h, w = spec.height // networks.STRIDE, spec.width // networks.STRIDE
+    owner, within = np.repeat(np.arange(len(paths)), counts), np.concatenate([np.arange(n) for n in counts])
+    taken = np.linspace(0, len(owner) - 1, min(len(owner), max(1, most_places // (h * w)))).round().astype(int)
+    owner, within = owner[taken], within[taken]
     ranges = load_tiles(paths[:: max(1, len(paths) // _RANGES)], spec, window).images[:_RANGES] if int8 else None
     extractor = Extractor(spec.height, spec.width, run, ranges)
-    gatherer = _Gatherer(spec, len(owner), extractor, run)
-    judged = torch.empty(len(owner), gatherer.h, gatherer.w, dtype=torch.bool)
+    g = Gatherer(spec, folds[owner], extractor, run)
+    judged = torch.empty(len(owner), h, w, dtype=torch.bool)
     shown = torch.empty(len(owner), spec.height // 2, spec.width // 2, 3, dtype=torch.uint8)
-    for number, (path, plan) in enumerate(zip(paths, plans, strict=True)):
+    for done, number in enumerate(pictures_taken := np.unique(owner), 1):
+        plan = plans[number]
         images, masks = plan.buffers()
-        plan.fill(pictures.read(path), images, masks)
+        plan.fill(pictures.read(paths[number]), images, masks)
         rows = np.flatnonzero(owner == number)
-        gatherer.add(number, int(rows[0]), plan, images)
-        judged[rows] = networks.judged(torch.from_numpy(masks)).squeeze(1) > 0
-        shown[rows] = torch.from_numpy(np.stack([gatherer.half(tile) for tile in images]))
-        run.tell("features", number + 1, len(paths))
+        tiles = within[rows]
+        g.add(int(number), [(int(row), images[tile], plan.tiles[tile]) for row, tile in zip(rows, tiles, strict=True)])
+        judged[rows] = networks.judged(torch.from_numpy(masks[tiles])).squeeze(1) > 0
+        shown[rows] = torch.from_numpy(np.stack([g.half(images[tile]) for tile in tiles]))
+        run.tell("features", done, len(pictures_taken))
         run.stop_if_asked()
-    gatherer.finish()
-    g = gatherer
-    return Material(g.good, g.jittered, g.spoiled, g.withheld, judged, shown, g.drawn, folds[owner], owner, extractor.exported)
+    g.finish()
+    whole = np.bincount(owner, minlength=len(paths)) == counts
+    return Material(
+        g.good, g.jittered, g.spoiled, g.withheld, judged, shown, g.drawn, folds[owner], owner, whole, extractor
+    )  # fmt: skip

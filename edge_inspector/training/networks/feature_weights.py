@@ -93,9 +93,19 @@ def weighed(crossed: CrossFit) -> Weighing:
 @torch.no_grad()
 def term_maps(heads: networks.Heads, store: Store, tiles: Tensor) -> Tensor:
     """Every term's map of tiles: [n, T, h, w]."""
-    out = []
-    for part in parts(tiles):
-        f = heads.standardised(store.raw(part))
-        coarse = heads.generator.coarse(functional.avg_pool2d(f, 2))
-        out.append(torch.cat([heads.term(name, f, coarse) for name in networks.TERMS], 1))
-    return torch.cat(out)
+    return torch.cat([_maps(heads, heads.standardised(store.raw(part))) for part in parts(tiles)])
+
+
+@torch.no_grad()
+def score_of(
+    heads: networks.Heads, weights: dict[str, tuple[float, float]], early: Tensor, late: Tensor, valid: Tensor
+) -> float:
+    """The largest score of some tiles, by their backbone outputs and valid uint8 [n, H, W], as the graph computes it."""
+    fused = networks.fused(_maps(heads, heads.standardised(networks.patches(early, late))), weights)
+    found = networks.finished(fused, networks.judged(valid), networks.smoothing_kernel(), torch.ones(()))[0]
+    return float(found.max())
+
+
+def _maps(heads: networks.Heads, f: Tensor) -> Tensor:
+    coarse = heads.generator.coarse(functional.avg_pool2d(f, 2))
+    return torch.cat([heads.term(name, f, coarse) for name in networks.TERMS], 1)
