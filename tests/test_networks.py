@@ -16,6 +16,8 @@ from edge_inspector.cameras.synthetic import draw_part
 
 torch = pytest.importorskip("torch", reason='torch is not installed: pip install "edge-inspector[train]"')
 
+import onnx  # noqa: E402
+
 from edge_inspector.errors import TrainingError  # noqa: E402
 from edge_inspector.training import data, export, limits, synthesis, watching  # noqa: E402
 from edge_inspector.training.networks import anogan, fanogan  # noqa: E402
@@ -97,6 +99,9 @@ def test_every_choice_of_terms_is_exported_to_the_same_figures(
     images = np.concatenate([part(seed) for seed in range(4)])
     export.export(graph, tmp_path / "network.onnx", images[:1])
     assert export.parity(graph, tmp_path / "network.onnx", images) < 1e-4
+    weights = onnx.load(str(tmp_path / "network.onnx")).graph.initializer
+    large = [w for w in weights if np.prod(w.dims) == 4 * 4 * networks.DEPTH**2]
+    assert [w.data_type for w in large] == [onnx.TensorProto.FLOAT16] * ("gaussian" in terms), "stored at half precision"
 
 
 def test_a_network_that_finds_nothing_odd_is_compared_too(fitted: networks.FeatureAnoganGraph, tmp_path: Path) -> None:

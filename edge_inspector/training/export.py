@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from edge_inspector.training import quantise
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks.backbone import Backbone
 
+_LARGE = 2**16
 PARITY = 1e-4
 """Largest allowed difference between PyTorch and ONNX Runtime, relative to the largest score or the unit of scores."""
 
@@ -42,15 +44,40 @@ def export(graph: nn.Module, path: Path, example: NDArray[np.uint8]) -> None:
     valid = torch.ones(image.shape[:3], dtype=torch.uint8)
     outputs = ["score", "map", "expected"]
     backbone = getattr(graph, "backbone", None)
-    if not isinstance(backbone, quantise.FileBackbone):
+    if isinstance(backbone, quantise.FileBackbone):
+        _export_around(graph, backbone, image, valid, path, outputs)
+    else:
         write(graph.cpu(), (image, valid), path, ["image", "valid"], outputs)
-        return
-    before, after = _Calling(networks.as_pixels), _Calling(graph.judge)  # type: ignore[arg-type]
+    _compact(path)
+
+
+def _export_around(
+    graph: Any, backbone: quantise.FileBackbone, image: Tensor, valid: Tensor, path: Path, outputs: list[str]
+) -> None:
+    """Put the backbone's file between what comes before and after it."""
+    before, after = _Calling(networks.as_pixels), _Calling(graph.judge)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         front, rest = Path(folder) / "front.onnx", Path(folder) / "rest.onnx"
         write(before, (image,), front, ["image"], ["pixels"])
         write(after, (*backbone(networks.as_pixels(image)), valid), rest, ["early", "late", "valid"], outputs)
         quantise.joined([front, backbone.path, rest], path)
+
+
+def _compact(path: Path) -> None:
+    """Store large constants at half precision where that loses nothing: the exporter widened them."""
+    model = onnx.load(str(path))
+    casts = []
+    for tensor in model.graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor)
+        if value.dtype != np.float32 or value.size < _LARGE or not np.array_equal(value, value.astype(np.float16)):
+            continue
+        name = tensor.name
+        tensor.CopyFrom(onnx.numpy_helper.from_array(value.astype(np.float16), f"{name}:half"))
+        casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], name=f"{name}:cast", to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, str(path))
 
 
 class _Calling(nn.Module):
@@ -85,7 +112,7 @@ def parity(graph: nn.Module, path: Path, tiles: NDArray[np.uint8]) -> float:
 
 
 def cost(graph: nn.Module, path: Path, example: NDArray[np.uint8]) -> dict[str, float]:
-    """What one tile costs: multiply-adds, the file's size, CPU time on one thread of this machine."""
+    """What one tile costs: multiply-adds, numbers held, the file's size, CPU time on one thread of this machine."""
     image = torch.from_numpy(example)
     valid = torch.ones(image.shape[:3], dtype=torch.uint8)
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
@@ -94,6 +121,7 @@ def cost(graph: nn.Module, path: Path, example: NDArray[np.uint8]) -> dict[str, 
             Backbone()(networks.as_pixels(image))  # what the file computes is not seen from here
     return {
         "gmac": counted.get_total_flops() / 2e9,
+        "million_parameters": sum(float(np.prod(t.dims)) for t in onnx.load(str(path)).graph.initializer) / 1e6,
         "megabytes": path.stat().st_size / 1e6,
         "cpu_ms_one_thread": _median_ms(path, example, threads=1),
     }

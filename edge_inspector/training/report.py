@@ -160,7 +160,8 @@ def _facts(manifest: Manifest, surveyed: Pictures) -> str:
         "network": manifest.network,
         "input": f"{manifest.input.width}x{manifest.input.height}"
         + (f", tiles of {manifest.input.tile} px" if manifest.input.tile else ""),
-        "cost per tile": f"{metrics['gmac']:.2f} GMAC, {metrics['megabytes']:.1f} MB,"
+        "cost per tile": f"{metrics['gmac']:.2f} GMAC, {metrics['million_parameters']:.1f} million parameters,"
+        f" {metrics['megabytes']:.1f} MB,"
         f" {metrics['cpu_ms_one_thread']:.0f} ms of one CPU thread where it was trained",
         "PyTorch against ONNX Runtime": f"largest relative difference {metrics['parity']:.1e}",
     }
