@@ -20,6 +20,7 @@ from edge_inspector.inspector import Inspector
 from edge_inspector.preprocess import FormatError, Tile, refuse_unlike
 from edge_inspector.recipes import CameraRecipe, Recipe, RoiRecipe
 from edge_inspector.results import Verdict
+from edge_inspector.roi import Rectangle, Roi
 from edge_inspector.runtime import OnnxEngine, judge_samples
 from tests.line import filled
 from tests.test_preprocess import frame
@@ -298,6 +299,29 @@ def test_tiles_are_never_wider_than_the_pictures(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="--tile 8"):
         thin = dataclasses.replace(data.survey(tmp_path / "strips"), height_px=8, width_px=2000)
         FeatureAnogan().input_spec(thin, None, 0)
+
+
+def test_a_region_is_trained_on_evaluated_and_inspected_as_the_recipe_cuts_it(tmp_path: Path) -> None:
+    """Two parts side by side in each picture; the bundle is for the right one. A scratch on the left one is not its matter."""
+    rng = np.random.default_rng(0)
+    for kind, left, right, count in (("train", False, False, 30), ("test/good", True, False, 8), ("test/bad", False, True, 8)):
+        (tmp_path / kind).mkdir(parents=True)
+        for n in range(count):
+            parts = [draw_part(rng, 48, 48, defect) for defect in (left, right)]
+            pictures.write(tmp_path / kind / f"{n:02d}.png", np.hstack(parts))
+    region = Rectangle(x_px=48, y_px=0, w_px=48, h_px=48)
+    trained = training.train(order(tmp_path, tmp_path / "train", family=SMALL, rectangle=region))
+    opened = bundles.open_bundle(trained.folder, tmp_path / "trust")
+    assert (opened.manifest.training.width_px, opened.manifest.training.height_px) == (48, 48)
+    with OnnxEngine(opened) as engine:
+        found = training.evaluate(engine, tmp_path, roi=Roi(rectangle=region))
+        assert found.detection is not None
+        assert found.detection.auroc > 0.9
+        with pytest.raises(FormatError, match="trained on 48x48"):
+            training.evaluate(engine, tmp_path)
+    with pytest.raises(PictureError, match="reaches outside its 96x48 px"):
+        outside = Rectangle(x_px=90, y_px=0, w_px=48, h_px=48)
+        training.train(order(tmp_path, tmp_path / "train", family=SMALL, rectangle=outside, out=tmp_path / "other"))
 
 
 def test_what_a_network_must_not_know_is_not_cut_into_what_it_learns(tmp_path: Path) -> None:

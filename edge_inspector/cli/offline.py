@@ -19,11 +19,24 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from edge_inspector.cli.shown import BundleArgument, JsonOption, TrustOption, complain, err, one_line, out, print_json
+from edge_inspector.cli.shown import (
+    BundleArgument,
+    JsonOption,
+    RectangleOption,
+    TrustOption,
+    complain,
+    err,
+    one_line,
+    out,
+    print_json,
+)  # fmt: skip
 from edge_inspector.errors import InspectorError
+from edge_inspector.schema import validate
 
 if TYPE_CHECKING:
     from edge_inspector.bundles import Bundle
+    from edge_inspector.inspector import View
+    from edge_inspector.roi import Rectangle
     from edge_inspector.training.data import Pictures
     from edge_inspector.training.orders import Order, Trained
     from edge_inspector.training.run import Progress as Step
@@ -95,6 +108,16 @@ def _family(name: Family, given: dict[str, Any]) -> Any:
     return kind(**chosen)
 
 
+def _rectangle(given: tuple[int, int, int, int] | None) -> Rectangle | None:
+    """Raises InspectorError for one that no frame has."""
+    from edge_inspector.roi import Rectangle  # noqa: PLC0415
+
+    if given is None:
+        return None
+    x, y, w, h = given
+    return validate(Rectangle, {"x_px": x, "y_px": y, "w_px": w, "h_px": h}, "--rectangle")
+
+
 def train(
     folder: Annotated[Path, typer.Argument(help="pictures of good parts only")],
     product: Annotated[str, typer.Option(help="what the pictures show; also the bundle's name")],
@@ -106,6 +129,7 @@ def train(
         Family.FEATURE_ANOGAN
     ),
     size: Annotated[int | None, typer.Option(help="side of the network's input [384; fanogan 64]")] = None,
+    rectangle: RectangleOption = None,
     tile: Annotated[int | None, typer.Option(min=16, max=4096, help="side in px of squares that pictures are cut into")] = None,
     overlap: Annotated[float, typer.Option(min=0, max=0.5)] = 0.0,
     intensity_window: Annotated[tuple[int, int] | None, typer.Option(help="for 10 to 16 bit: black and white level")] = None,
@@ -143,7 +167,7 @@ def train(
     }
     order = Order(
         folder=folder, out=out_folder / (name or product), product=product, name=name or product, key=signing,
-        release=release, family=_family(family, given), seed=seed, tile=tile, overlap=overlap,
+        release=release, family=_family(family, given), seed=seed, rectangle=_rectangle(rectangle), tile=tile, overlap=overlap,
         intensity_window=intensity_window, alpha=alpha, device=device, restart=restart, minutes=minutes,
         latency_ms=latency_ms,         command=f"edge-inspector {shlex.join(sys.argv[1:])}",
     )  # fmt: skip
@@ -176,11 +200,13 @@ def _batch(bundle: Bundle) -> int:
 def evaluate(
     bundle: BundleArgument,
     folder: Annotated[Path, typer.Argument(help="labelled pictures: good/ and one subfolder for each kind of defect")],
+    rectangle: RectangleOption = None,
     trust: TrustOption = _TRUST,
     as_json: JsonOption = False,
 ) -> None:
     """AUROC, false rejects and escapes of a bundle on labelled pictures, with confidence intervals."""
     from edge_inspector.bundles import open_bundle  # noqa: PLC0415
+    from edge_inspector.roi import Roi  # noqa: PLC0415
     from edge_inspector.runtime import OnnxEngine  # noqa: PLC0415
     from edge_inspector.training.evaluation import evaluate as run  # noqa: PLC0415
     from edge_inspector.training.evaluation import labelled  # noqa: PLC0415
@@ -189,7 +215,7 @@ def evaluate(
     opened = open_bundle(bundle, trust)
     with OnnxEngine(opened, batch=_batch(opened)) as engine, _bar() as bar:
         task = bar.add_task("judging", total=total, figures="")
-        found = run(engine, folder, lambda: bar.advance(task))
+        found = run(engine, folder, lambda: bar.advance(task), Roi(rectangle=_rectangle(rectangle)))
     if as_json:
         print_json(found.to_json())
         return
@@ -220,6 +246,7 @@ def evaluate(
 def inspect(
     bundle: BundleArgument,
     files: Annotated[list[Path], typer.Argument(help="picture files, or folders of them")],
+    rectangle: RectangleOption = None,
     trust: TrustOption = _TRUST,
     save: Annotated[Path | None, typer.Option(help="write a picture for each failed part into this folder")] = None,
     as_json: JsonOption = False,
@@ -237,7 +264,8 @@ def inspect(
 
     opened = open_bundle(bundle, trust)
     name, window = opened.manifest.name, opened.manifest.training.intensity_window
-    recipe = Recipe(cameras={"file": CameraRecipe(rois={"whole": RoiRecipe(bundle=name)}, intensity_window=window)})
+    rois = {"all": RoiRecipe(bundle=name, rectangle=_rectangle(rectangle))}
+    recipe = Recipe(cameras={"file": CameraRecipe(rois=rois, intensity_window=window)})
     paths = [path for given in files for path in (pictures.listed(given) if given.is_dir() else [given])]
     results, not_passed, unreadable = [], 0, 0
     with OnnxEngine(opened, batch=_batch(opened)) as engine:
@@ -262,16 +290,23 @@ def inspect(
             else:
                 out.print(one_line(result))
             if save is not None and found.views:
-                save.mkdir(parents=True, exist_ok=True)
-                view = found.views[0]
-                title, finding = f"{path.name}  {found.verdict.value}", view.finding
-                picture = pictures.explanation(
-                    view.seen, view.anomaly, finding.threshold, finding.regions, view.expected, title, view.offset_px
-                )
-                pictures.write(save / f"{path.stem}.png", picture)
+                _save(save, path, found.views[0])
     if as_json:
         print_json(results)
     raise typer.Exit(2 if unreadable else 1 if not_passed else 0)
+
+
+def _save(folder: Path, path: Path, view: View) -> None:
+    """Write the picture that explains a failure."""
+    from edge_inspector import pictures  # noqa: PLC0415
+
+    folder.mkdir(parents=True, exist_ok=True)
+    finding = view.finding
+    title = f"{path.name}  {finding.verdict.value}"
+    picture = pictures.explanation(
+        view.seen, view.anomaly, finding.threshold, finding.regions, view.expected, title, view.offset_px
+    )
+    pictures.write(folder / f"{path.stem}.png", picture)
 
 
 def bench(

@@ -108,6 +108,30 @@ def survey(
     )  # fmt: skip
 
 
+def cropped(folder: Path, roi: Roi, out: Path) -> Path:
+    """Write what lies in a region of each picture into `out`, and return it: what follows sees parts as the recipe does.
+
+    Pictures that are there already are kept; unreadable ones are passed on as they are. Raises PictureError.
+    """
+    for path in pictures.listed(folder):
+        target = out / path.relative_to(folder).parent / f"{path.name}.png"
+        if target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            image = pictures.read(path)
+        except PictureError:
+            target.write_bytes(path.read_bytes())
+            continue
+        box = roi.box(*image.shape[:2])
+        if box is None:
+            size, wanted = f"{image.shape[1]}x{image.shape[0]}", roi.model_dump(exclude_none=True)
+            raise PictureError(f"{path}: the region {wanted} reaches outside its {size} px", hint="correct --rectangle")
+        x, y, w, h = box
+        pictures.write(target, image[y : y + h, x : x + w])
+    return out
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Every tile of every picture as the network sees it on the line."""

@@ -192,8 +192,8 @@ class Trivial:
         return {name: scoring.auroc(c[good], c[~good]) for name, c in zip(self.NAMES, columns, strict=True)}
 
 
-def evaluate(engine: Engine, folder: Path, tick: Callable[[], None] = lambda: None) -> Evaluation:
-    """Judge every labelled picture with an open engine. Raises InspectorError, PictureError.
+def evaluate(engine: Engine, folder: Path, tick: Callable[[], None] = lambda: None, roi: Roi | None = None) -> Evaluation:
+    """Judge every labelled picture, or a region of each, with an open engine. Raises InspectorError, PictureError.
 
     Masks are looked for in FOLDER/ground_truth; a defective picture without one is left out of the pixel figures.
     """
@@ -203,14 +203,17 @@ def evaluate(engine: Engine, folder: Path, tick: Callable[[], None] = lambda: No
         for path in paths:
             image = pictures.read(path)
             height, width = image.shape[:2]
-            plan = preprocess.Plan(manifest.input, Roi(), height, width, manifest.training.intensity_window)
+            plan = preprocess.Plan(manifest.input, roi or Roi(), height, width, manifest.training.intensity_window)
+            preprocess.refuse_unlike(manifest.training, manifest.input, plan.box)
+            x, y, w, h = plan.box
             scores, tiles = judged_tiles(engine, plan, image)
             parts.append((path, kind, float(scores.max())))
-            trivial.add(kind, image)
+            trivial.add(kind, image[y : y + h, x : x + w])
             mask = np.zeros((height, width), np.uint8) if kind == "good" else mask_of(folder, kind, path)
             if mask is not None and mask.shape == (height, width):
                 maps.append(_small(plan.stitched(tiles), cv2.INTER_LINEAR).astype(np.float32))
-                masks.append((_small(mask.astype(np.float32), cv2.INTER_AREA) > 0).astype(np.uint8))
+                inside = mask[y : y + h, x : x + w].astype(np.float32)
+                masks.append((_small(inside, cv2.INTER_AREA) > 0).astype(np.uint8))
             tick()
     return _figures(manifest.name, manifest.release, manifest.threshold, parts, (maps, masks), trivial.auroc())
 

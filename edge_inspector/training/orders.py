@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from edge_inspector.errors import InspectorError, TrainingError
 from edge_inspector.frames import utc_now
 from edge_inspector.preprocess import Window
 from edge_inspector.results import Verdict
+from edge_inspector.roi import Rectangle, Roi
 from edge_inspector.runtime import OnnxEngine, judge_samples
 from edge_inspector.training import audit, calibrate, data, export, limits, report
 from edge_inspector.training.networks import Family, Fitted
@@ -27,6 +28,7 @@ from edge_inspector.training.networks.feature_fit import FeatureAnogan
 from edge_inspector.training.run import Progress, Run, key_of
 
 _PARITY_PICTURES, _WHITEST = 16, 65535
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Order:
     release: int = 1
     family: Family = field(default_factory=FeatureAnogan)
     seed: int = 1
+    rectangle: Rectangle | None = None
+    """What the recipe will judge of each picture; None for all of it."""
     tile: int | None = None
     overlap: float = 0.0
     intensity_window: Window | None = None
@@ -100,7 +104,12 @@ def _train(
     _make(work)
     run = Run(work, device=order.device, seed=order.seed, on_progress=on_progress, stopping=stopping,
               minutes=order.minutes)  # fmt: skip
-    surveyed = data.survey(order.folder, lambda done, count: run.tell("reading", done, count), order.intensity_window)
+    folder = order.folder
+    if order.rectangle is not None:
+        r = order.rectangle
+        folder = work / f"region-{r.x_px}-{r.y_px}-{r.w_px}-{r.h_px}"
+        _everywhere(run, lambda: data.cropped(order.folder, Roi(rectangle=r), folder))
+    surveyed = data.survey(folder, lambda done, count: run.tell("reading", done, count), order.intensity_window)
     if surveyed.depth_bits != 8 and order.intensity_window is None:
         raise TrainingError(
             f"{order.folder}: {surveyed.depth_bits}-bit pictures need --intensity-window LOW HIGH",
@@ -152,18 +161,19 @@ def _light_enough(order: Order, surveyed: data.Pictures, run: Run) -> Order:
     return replace(order, family=type(order.family)(**found["settings"]))
 
 
-def _everywhere(run: Run, make: Callable[[], Trained]) -> Trained:
+def _everywhere(run: Run, make: Callable[[], Made]) -> Made:
     """What the first process makes, or why it could not, in every process: none is left waiting for it."""
-    outcome: Trained | InspectorError | None = None
+    made: Made | None = None
+    refused: InspectorError | None = None
     if run.first:
         try:
-            outcome = make()
+            made = make()
         except InspectorError as error:
-            outcome = error
-    outcome = run.shared(outcome, 0)
-    if not isinstance(outcome, Trained):
-        raise outcome
-    return outcome
+            refused = error
+    made, refused = run.shared((made, refused), 0)
+    if refused is not None:
+        raise refused
+    return cast("Made", made)
 
 
 def _make(folder: Path) -> None:
