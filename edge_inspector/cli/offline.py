@@ -271,7 +271,7 @@ def inspect(
     with OnnxEngine(opened, batch=_batch(opened)) as engine:
         inspector = Inspector(recipe, {name: engine})
         for number, path in enumerate(paths):
-            now = utc_now()
+            now, began = utc_now(), time.perf_counter()
             try:
                 frame = Frame(frozen(pictures.read(path)), number, time.monotonic(), now, source_id=path.stem)
             except PictureError as error:
@@ -282,7 +282,8 @@ def inspect(
             result = Result(
                 station="file", trigger_id=str(path), part_id=path.name, product=opened.manifest.product,
                 verdict=found.verdict, reason=found.reason, detail=found.detail, simulated=True, triggered_at=now,
-                decided_at=utc_now(), expires_at=now, findings=found.findings, times_ms=found.times_ms,
+                decided_at=utc_now(), expires_at=now, findings=found.findings,
+                times_ms=found.times_ms.model_copy(update={"total": round((time.perf_counter() - began) * 1e3, 2)}),
             )  # fmt: skip
             not_passed += found.verdict is not Verdict.PASS
             if as_json:
