@@ -95,7 +95,7 @@ def main() -> None:
             rest = torch.from_numpy(np.setdiff1d(np.arange(len(goods)), index))
             some = dataclasses.replace(surveyed, paths=tuple(surveyed.paths[i] for i in index))
             ours = part_of(material, torch.from_numpy(index), some.folds(family.folds))
-            every = family.heads(ours, Run(work, seed=split), key_of({"split": split}))
+            every = family.heads(ours, Run(Path(tempfile.mkdtemp(dir=work)), seed=split), key_of({"split": split}))
             crossed = weights_of.cross_fit(ours, every)
             weights = weights_of.weighed(crossed).weights
             held = crossed.scores(weights, spoiled=False).tolist()
@@ -116,7 +116,6 @@ def main() -> None:
                 }  # fmt: skip
             with given.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            run.forget()
     summary(given.out)
 
 

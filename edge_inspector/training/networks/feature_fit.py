@@ -349,7 +349,7 @@ class FeatureAnogan:
                 states[fold], losses = run.shared(fitted, owner)
                 run.losses.update(losses)
                 run.save(name[fold], key, states[fold])
-                if fold >= 0 and run.first:
+                if fold >= 0 and run.first and material.drawn:
                     run.sheet(name[fold], _sheet(_loaded(states[fold]["heads"], material), material, fold))
             run.stop_if_asked()
         return {fold: _loaded(state["heads"], material) for fold, state in states.items()}
