@@ -147,7 +147,7 @@ def test_a_term_is_left_out_where_drawn_defects_are_told_better_without() -> Non
     crossed = weights.CrossFit(good, withheld, torch.ones(120, dtype=torch.bool), torch.ones(60, 8, 8) > 0)
     weighing = weights.weighed(crossed)
     assert set(weighing.weights) == {"bank", "discriminator"}
-    assert weighing.auroc == max(weighing.tried.values()) > weighing.tried["1 gaussian + 1 bank + 1 discriminator"]
+    assert weighing.auroc == max(weighing.tried.values()) > weighing.tried["1 gaussian + 1 bank + 0.5 discriminator"]
     withheld[:, :, 4:6, 4:6] += 999
     same = weights.weighed(weights.CrossFit(good, withheld, crossed.visible, crossed.judged))
     assert set(same.weights) == set(networks.TERMS)

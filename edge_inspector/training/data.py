@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edge_inspector import pictures, preprocess
 from edge_inspector.bundles import InputSpec
 from edge_inspector.errors import PictureError, TrainingError
-from edge_inspector.roi import Roi
+from edge_inspector.roi import Rectangle, Roi
 from edge_inspector.training import audit
 
 MIN_PICTURES = 20
@@ -108,7 +108,7 @@ def survey(
     )  # fmt: skip
 
 
-def cropped(folder: Path, roi: Roi, out: Path) -> Path:
+def cropped(folder: Path, region: Rectangle, out: Path) -> Path:
     """Write what lies in a region of each picture into `out`, and return it: what follows sees parts as the recipe does.
 
     Pictures that are there already are kept; unreadable ones are passed on as they are. Raises PictureError.
@@ -123,10 +123,12 @@ def cropped(folder: Path, roi: Roi, out: Path) -> Path:
         except PictureError:
             target.write_bytes(path.read_bytes())
             continue
-        box = roi.box(*image.shape[:2])
+        box = Roi(rectangle=region).box(*image.shape[:2])
         if box is None:
-            size, wanted = f"{image.shape[1]}x{image.shape[0]}", roi.model_dump(exclude_none=True)
-            raise PictureError(f"{path}: the region {wanted} reaches outside its {size} px", hint="correct --rectangle")
+            size, wanted = f"{image.shape[1]}x{image.shape[0]}", " ".join(map(str, region.model_dump().values()))
+            raise PictureError(
+                f"{path}: the region {wanted} (X Y W H) reaches outside its {size} px", hint="correct --rectangle"
+            )
         x, y, w, h = box
         pictures.write(target, image[y : y + h, x : x + w])
     return out

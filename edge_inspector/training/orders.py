@@ -20,7 +20,7 @@ from edge_inspector.errors import InspectorError, TrainingError
 from edge_inspector.frames import utc_now
 from edge_inspector.preprocess import Window
 from edge_inspector.results import Verdict
-from edge_inspector.roi import Rectangle, Roi
+from edge_inspector.roi import Rectangle
 from edge_inspector.runtime import OnnxEngine, judge_samples
 from edge_inspector.training import audit, calibrate, data, export, limits, report
 from edge_inspector.training.networks import Family, Fitted
@@ -108,7 +108,7 @@ def _train(
     if order.rectangle is not None:
         r = order.rectangle
         folder = work / f"region-{r.x_px}-{r.y_px}-{r.w_px}-{r.h_px}"
-        _everywhere(run, lambda: data.cropped(order.folder, Roi(rectangle=r), folder))
+        _everywhere(run, lambda: data.cropped(order.folder, r, folder))
     surveyed = data.survey(folder, lambda done, count: run.tell("reading", done, count), order.intensity_window)
     if surveyed.depth_bits != 8 and order.intensity_window is None:
         raise TrainingError(
