@@ -27,6 +27,8 @@ from tests.test_preprocess import frame
 
 torch = pytest.importorskip("torch", reason='torch is not installed: pip install "edge-inspector[train]"')
 
+import onnx  # noqa: E402
+
 from edge_inspector import training  # noqa: E402
 from edge_inspector.training import data, evaluation, generation  # noqa: E402
 from edge_inspector.training.networks import Family, feature_weights  # noqa: E402
@@ -65,7 +67,10 @@ def test_a_folder_of_good_parts_becomes_a_signed_bundle_that_keeps_its_word(tmp_
     trained = training.train(order(tmp_path, drawn(tmp_path / "good", 60), family=family), steps.append)
     opened = bundles.open_bundle(trained.folder, tmp_path / "trust")
     manifest = opened.manifest
-    assert (b"QuantizeLinear" in opened.network.read_bytes()) == (family is INT8)
+    graph = onnx.load(str(opened.network)).graph
+    kinds = {w.name: w.data_type for w in graph.initializer}
+    dequantised = {kinds.get(n.input[0], onnx.TensorProto.INT8) for n in graph.node if n.op_type == "DequantizeLinear"}
+    assert dequantised == ({onnx.TensorProto.INT8} if family is INT8 else set()), "TensorRT takes no other"
     assert {"reading", "detection limit"} < {step.stage for step in steps}
     assert all(1 <= step.step <= step.steps for step in steps)
     assert trained.parity < 1e-4

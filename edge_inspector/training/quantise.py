@@ -32,11 +32,15 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def quantise(network: Path, images: NDArray[np.uint8], out: Path) -> None:
-    """Write an INT8 (Q/DQ, per channel, symmetric) version of a backbone; ranges come from pictures uint8 [N, H, W, 3]."""
+    """Write an INT8 (Q/DQ, per channel, symmetric) version of a backbone; ranges come from pictures uint8 [N, H, W, 3].
+
+    As TensorRT takes it: convolutions only, and biases stay floats (it refuses 32-bit ones).
+    """
     quantize_static(
         str(network), str(out), _Reader(images), quant_format=QuantFormat.QDQ, per_channel=True,
         activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod.MinMax,
-        extra_options={"ActivationSymmetric": True},
+        op_types_to_quantize=["Conv"],
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
     )  # fmt: skip
 
 
