@@ -244,16 +244,18 @@ def test_a_corrupt_picture_and_a_copy_are_left_out_and_shown(tmp_path: Path, cou
     assert not trained.folder.with_name("bundle.training").exists()
 
 
-def test_what_memory_does_not_hold_is_judged_for_the_promise_all_the_same(tmp_path: Path) -> None:
-    """Four tiles a picture; a quarter of all tiles is fitted to."""
+@pytest.mark.parametrize("tile", [None, 32])
+def test_what_memory_does_not_hold_is_judged_for_the_promise_all_the_same(tmp_path: Path, tile: int | None) -> None:
+    """One tile a picture, or four; half of all tiles are fitted to, or a quarter."""
     surveyed = data.survey(drawn(tmp_path / "good", 24, size=64))
     (tmp_path / "work").mkdir()
-    family = dataclasses.replace(SMALL, most_places=24 * 8 * 8)
-    fitted = family.fit(surveyed, family.input_spec(surveyed, 32, 0), None, Run(tmp_path / "work"))
+    few = 12 if tile is None else 24
+    family = dataclasses.replace(SMALL, most_places=few * 8 * 8)
+    fitted = family.fit(surveyed, family.input_spec(surveyed, tile, 0), None, Run(tmp_path / "work"))
     assert np.isfinite(fitted.scores).all()
-    assert any("fitted to 24 tiles" in note for note in fitted.notes)
+    assert any(f"fitted to {few} tiles" in note for note in fitted.notes)
     (tmp_path / "other").mkdir()
-    whole = SMALL.fit(surveyed, SMALL.input_spec(surveyed, 32, 0), None, Run(tmp_path / "other"))
+    whole = SMALL.fit(surveyed, SMALL.input_spec(surveyed, tile, 0), None, Run(tmp_path / "other"))
     assert not any("fitted to" in note for note in whole.notes)
 
 

@@ -376,7 +376,7 @@ def _judge_others(
         tiles = load_tiles([paths[number]], *seen_as)
         found = [
             score_of(heads[number], weights, *extractor(list(tiles.images[part])), torch.from_numpy(tiles.valid[part]))
-            for part in parts(torch.arange(len(tiles.images)), _BATCH)
+            for part in (slice(start, start + _BATCH) for start in range(0, len(tiles.images), _BATCH))
         ]
         scores[number] = max(found)
         run.tell("judging the others", done, len(order))
