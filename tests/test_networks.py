@@ -137,7 +137,7 @@ def test_a_parts_own_prototype_is_no_matter_of_rounding() -> None:
     assert torch.equal(bank(own * (1 + 1e-5)), torch.ones(1, 1, 4, 5))
 
 
-def test_a_term_is_left_out_where_drawn_defects_are_told_better_without() -> None:
+def test_a_term_is_left_out_where_drawn_defects_are_clearly_told_better_without() -> None:
     """Defects show in the last two terms; the first has outliers everywhere, which would hide them."""
     generator = torch.Generator().manual_seed(0)
     good = torch.randn(60, 3, 8, 8, generator=generator)
@@ -147,7 +147,7 @@ def test_a_term_is_left_out_where_drawn_defects_are_told_better_without() -> Non
     crossed = weights.CrossFit(good, withheld, torch.ones(120, dtype=torch.bool), torch.ones(60, 8, 8) > 0)
     weighing = weights.weighed(crossed)
     assert set(weighing.weights) == {"bank", "discriminator"}
-    assert weighing.auroc == max(weighing.tried.values()) > weighing.tried["1 gaussian + 1 bank + 0.5 discriminator"]
+    assert weighing.auroc == max(weighing.tried.values()) > weighing.tried["1 gaussian + 1 bank + 0.5 discriminator"] + 0.03
     withheld[:, :, 4:6, 4:6] += 999
     same = weights.weighed(weights.CrossFit(good, withheld, crossed.visible, crossed.judged))
     assert set(same.weights) == set(networks.TERMS)

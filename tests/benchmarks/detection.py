@@ -239,7 +239,7 @@ def table(out: Path) -> None:
     """
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     for line in lines:
-        taken = max(map(called, weights_of.CANDIDATES), key=line["drawn_auroc"].__getitem__)
+        taken = called(weights_of.preferred({c: line["drawn_auroc"][called(c)] for c in weights_of.CANDIDATES}))
         line["methods"]["flagship"], line["taken"] = line["methods"][taken], taken
     sets = list(dict.fromkeys(line["set"] for line in lines))
 

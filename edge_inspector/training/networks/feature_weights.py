@@ -25,10 +25,12 @@ class Weighing:
     tried: dict[str, float]
 
 
-CANDIDATES: tuple[tuple[float, float, float], ...] = ((1.0, 1.0, 0.5), (1.0, 0.0, 0.5), (0.0, 1.0, 0.5))
-"""Weights of TERMS that are tried: a residual and the discriminator, as AnoGAN has it. D was trained on drawn defects, so
-they would always ask for more of it than real ones do: they choose between the residuals alone. Where they tell no two apart
-the earlier choice is taken."""
+Weights = tuple[float, float, float]
+CANDIDATES: tuple[Weights, ...] = ((1.0, 1.0, 0.5), (1.0, 0.0, 0.5), (0.0, 1.0, 0.5))
+"""Weights of TERMS that are tried, the usual ones first: residuals and the discriminator, as AnoGAN has it. D was trained on
+drawn defects, so they would always ask for more of it than real ones do: they choose between the residuals alone."""
+_CLEARLY = 0.03
+"""AUROC by which drawn defects must be told better without a residual for it to be left out: they are not real ones."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,21 @@ def cross_fit(material: Material, heads: dict[int, networks.Heads]) -> CrossFit:
     return CrossFit(good, withheld, visible, material.judged)
 
 
+def preferred(found: dict[Weights, float]) -> Weights:
+    """The usual weights, unless others told drawn defects clearly better: by AUROC of each of CANDIDATES."""
+    best = max(CANDIDATES, key=found.__getitem__)
+    return best if found[best] > found[CANDIDATES[0]] + _CLEARLY else CANDIDATES[0]
+
+
 def weighed(crossed: CrossFit) -> Weighing:
-    """The weights that tell drawn defects best from good parts, by cross-fitted maps alone."""
+    """Weights by cross-fitted maps alone: the usual ones, unless others tell drawn defects clearly better from good parts."""
     found = {}
     for candidate in CANDIDATES:
         weights = crossed.normalised(candidate)
         found[candidate] = scoring.auroc(crossed.scores(weights, spoiled=False), crossed.scores(weights, spoiled=True))
-    best = max(CANDIDATES, key=found.__getitem__)
+    chosen = preferred(found)
     named = {" + ".join(f"{w:g} {n}" for w, n in zip(c, networks.TERMS, strict=True) if w): v for c, v in found.items()}
-    return Weighing(crossed.normalised(best), found[best], named)
+    return Weighing(crossed.normalised(chosen), found[chosen], named)
 
 
 @torch.no_grad()
