@@ -380,6 +380,7 @@ def _judge_others(
         ]
         scores[number] = max(found)
         run.tell("judging the others", done, len(order))
+        run.stop_if_asked()
         if done >= _ENOUGH and run.left_s() == 0:
             return
 
