@@ -232,6 +232,10 @@ def called(weights: Sequence[float]) -> str:
     return " + ".join(f"{w:g} {name}" for w, name in zip(weights, networks.TERMS, strict=True) if w)
 
 
+def _spread(values: list[float]) -> str:
+    return f"{np.mean(values):.1f}" + (f" ±{np.std(values):.1f}" if len(values) > 1 else "")
+
+
 def table(out: Path) -> None:
     """Mean and spread over seeds of image AUROC, FPR at 95 % recall and AUPRO, in percent; then every sum of terms.
 
@@ -251,7 +255,7 @@ def table(out: Path) -> None:
         print(f"\n| {figure} | seeds |", " | ".join(SHOWN), "|")
         known = [name for name in sets if found(figure, "flagship", name)]
         for name in known:
-            cells = [f"{np.mean(values):.1f} ±{np.std(values):.1f}" for values in (found(figure, m, name) for m in SHOWN)]
+            cells = [_spread(found(figure, method, name)) for method in SHOWN]
             print(f"| {name} | {len(found(figure, 'flagship', name))} |", " | ".join(cells), "|")
         means = [np.mean([np.mean(found(figure, method, name)) for name in known]) for method in SHOWN]
         print("| mean | |", " | ".join(f"{mean:.2f}" for mean in means), "|")
