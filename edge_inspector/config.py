@@ -53,6 +53,17 @@ class StorageConfig(Model):
     evidence_mb: int = Field(256, ge=0, le=1_000_000)
 
 
+class EngineConfig(Model):
+    """What runs the networks."""
+
+    runtime: Literal["onnxruntime", "tensorrt"] = Field("onnxruntime", description="tensorrt: on the NVIDIA GPU, with PyCUDA")
+    precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
+        "auto", description="for tensorrt; auto: int8 where a bundle was trained so, else fp16"
+    )
+    fallback: bool = Field(False, description="where TensorRT cannot be used: ONNX Runtime on the CPU; state says so")
+    threads: int = Field(2, ge=1, le=64, description="CPU threads for one network in ONNX Runtime")
+
+
 class DeviceConfig(Model):
     """device.yaml: identity, broker, storage, trust. Changed on the device only."""
 
@@ -63,7 +74,7 @@ class DeviceConfig(Model):
     trust: str = Field("trust", description="folder of public keys (*.pub) whose bundles may run")
     bundles: str = Field("bundles", description="folder of bundles")
     line_file: str = "line.yaml"
-    engine_threads: int = Field(2, ge=1, le=64)
+    engine: EngineConfig = EngineConfig()
 
 
 class Guards(Model):

@@ -10,6 +10,8 @@ InspectorError            what went wrong, and a hint what to do
 ├── CameraError           a camera cannot be opened or does not deliver what was set
 │   └── CameraEnded       a recording has no more frames
 ├── EngineError           a network cannot be run
+│   ├── EngineRefused     a compiled network does not judge as it should
+│   └── EngineLost        the GPU failed for good: only a new process may get it back
 ├── OutboxError           results cannot be stored
 ├── BrokerError           the broker cannot be reached or refuses
 └── TrainingError         a bundle cannot be trained from these pictures
@@ -87,6 +89,14 @@ class CameraEnded(CameraError):
 
 class EngineError(InspectorError):
     """A network cannot be run."""
+
+
+class EngineRefused(EngineError):
+    """A compiled network does not judge as ONNX Runtime does."""
+
+
+class EngineLost(EngineError):
+    """The GPU failed for good: every later call fails too, and only a new process may get it back."""
 
 
 class OutboxError(InspectorError):

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_inspector import preprocess, scoring
-from edge_inspector.errors import EngineError
+from edge_inspector.errors import EngineError, EngineLost
 from edge_inspector.frames import Frame, Pixels
-from edge_inspector.recipes import CameraRecipe, Recipe, RoiRecipe, decide
+from edge_inspector.recipes import Recipe, RoiRecipe, decide
 from edge_inspector.results import (
     MAX_REGIONS,
     BundleRef,
@@ -22,7 +22,7 @@ from edge_inspector.results import (
     Times,
     Verdict,
 )  # fmt: skip
-from edge_inspector.runtime import Engine
+from edge_inspector.runtime import Engine, Outputs
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,26 @@ class Inspection:
     times_ms: Times = field(default_factory=Times)
     views: tuple[View, ...] = ()
     """Of the failing findings; empty when nothing failed."""
+    lost: EngineLost | None = None
+    """The GPU has failed: nothing will be judged by this process any more."""
+
+
+@dataclass
+class _Job:
+    """One region of one frame, on its way to a finding."""
+
+    camera: str
+    roi_name: str
+    roi: RoiRecipe
+    number: int
+    frame: Frame
+    mm_per_px: float | None
+    engine: Engine
+    plan: preprocess.Plan | None = None
+    outputs: Outputs | None = None
+    """Of its tiles."""
+    refused: tuple[Reason, str] | None = None
+    """Why it cannot be judged."""
 
 
 class Inspector:
@@ -60,107 +80,148 @@ class Inspector:
     def inspect(self, frames: Mapping[str, Sequence[Frame]]) -> Inspection:
         """Judge one part. `frames` holds for each camera of the recipe as many frames as its decision needs.
 
-        Whatever cannot be judged is `undecided` with its reason; nothing here raises for a bad frame or a bad score.
+        All regions that one bundle judges, of all cameras, go through its network together. Whatever cannot be judged is
+        `undecided` with its reason; nothing here raises for a bad frame or a bad score.
         """
         clock = _Clock()
-        findings: list[Finding] = []
-        views: list[View] = []
-        detail = ""
-        for camera, recipe in self.recipe.cameras.items():
-            for number, frame in enumerate(frames.get(camera, ())):
-                for roi_name, roi in recipe.rois.items():
-                    finding, view, why = self._judged(camera, recipe, roi_name, roi, number, frame, clock)
-                    findings.append(finding)
-                    detail = detail or why
-                    if view is not None:
-                        views.append(view)
+        jobs = [
+            _Job(camera, roi_name, roi, number, frame, recipe.mm_per_px, self.engines[roi.bundle])
+            for camera, recipe in self.recipe.cameras.items()
+            for number, frame in enumerate(frames.get(camera, ()))
+            for roi_name, roi in recipe.rois.items()
+        ]
+        with clock.preprocess():
+            for job in jobs:
+                self._planned(job)
+        lost = None
+        for name, engine in self.engines.items():
+            try:
+                _judge([job for job in jobs if job.roi.bundle == name and job.plan is not None], engine, clock)
+            except EngineLost as error:
+                lost = error
+        found = [_found(job) for job in jobs]
+        findings = tuple(finding for finding, _ in found)
         missing = [c for c in self.recipe.cameras if len(frames.get(c, ())) < self.recipe.decision.frames]
-        verdict, reason = decide(findings, self.recipe.decision)
+        verdict, reason = decide(list(findings), self.recipe.decision)
+        detail = next((job.refused[1] for job in jobs if job.refused is not None), "")
         if missing and verdict is not Verdict.FAIL:
             verdict, reason = Verdict.UNDECIDED, Reason.MISSING_IMAGE
             detail = f"no image of camera {', '.join(missing)}"
         times = Times(preprocess=clock.preprocess_ms, infer=clock.infer_ms, decide=clock.rest_ms())
-        return Inspection(verdict, reason, detail, tuple(findings), times, tuple(views))
+        views = tuple(view for _, view in found if view is not None)
+        return Inspection(verdict, reason, detail, findings, times, views, lost)
 
-    def _judged(
-        self, camera: str, recipe: CameraRecipe, roi_name: str, roi: RoiRecipe, number: int, frame: Frame, clock: _Clock
-    ) -> tuple[Finding, View | None, str]:
-        engine = self.engines[roi.bundle]
-        manifest = engine.bundle.manifest
-        threshold = roi.threshold or manifest.threshold
-
-        def found(verdict: Verdict, reason: Reason, score: float | None = None) -> Finding:
-            return Finding(
-                camera=camera, roi=roi_name, frame=number, verdict=verdict, reason=reason, score=score,
-                threshold=threshold, ratio=None if score is None else round(score / threshold, 4),
-                bundle=BundleRef(name=manifest.name, release=manifest.release, sha256=engine.bundle.sha256[:12]),
-                engine=EngineRef(runtime=engine.runtime, precision=engine.precision),
-            )  # fmt: skip
-
-        if frame.fault:
-            return found(Verdict.UNDECIDED, Reason(frame.fault)), None, frame.fault_detail
+    def _planned(self, job: _Job) -> None:
+        if job.frame.fault:
+            job.refused = Reason(job.frame.fault), job.frame.fault_detail
+            return
+        plan = self._plans.get((job.camera, job.roi_name))
+        height, width = job.frame.image.shape[:2]
         try:
-            plan = self._plan(camera, recipe, roi_name, roi, frame, engine)
-            scores, maps, expected = _run(plan, engine, frame.image, clock)
+            if plan is None or plan.size != (height, width):
+                manifest, window = job.engine.bundle.manifest, self.recipe.cameras[job.camera].intensity_window
+                plan = preprocess.Plan(manifest.input, job.roi.shape, height, width, window)
+                preprocess.refuse_unlike(manifest.training, manifest.input, plan.box)
+                self._plans[job.camera, job.roi_name] = plan
+            job.plan = plan
         except preprocess.FormatError as error:
-            return found(Verdict.UNDECIDED, Reason.WRONG_FORMAT), None, error.message
-        except EngineError as error:
-            return found(Verdict.UNDECIDED, Reason.ENGINE_FAULT), None, error.message
-        score = float(scores.max())
-        verdict, reason = scoring.judge(score, threshold)
-        if verdict is Verdict.UNDECIDED:
-            return found(verdict, reason), None, f"score {score}"
-        finding = found(verdict, reason, round(score, 5))
-        if verdict is Verdict.PASS:
-            return finding, None, ""
-        anomaly = plan.stitched(maps)
-        regions = plan.regions(anomaly, threshold, recipe.mm_per_px)
-        finding = finding.model_copy(
-            update={"regions": regions[:MAX_REGIONS], "regions_omitted": max(0, len(regions) - MAX_REGIONS)}
-        )
-        x, y, w, h = plan.box
-        drawn = plan.stitched(expected) if expected is not None else None
-        return finding, View(finding, frame.image[y : y + h, x : x + w], anomaly, drawn, (x, y)), ""
-
-    def _plan(
-        self, camera: str, recipe: CameraRecipe, roi_name: str, roi: RoiRecipe, frame: Frame, engine: Engine
-    ) -> preprocess.Plan:
-        plan = self._plans.get((camera, roi_name))
-        if plan is None or plan.size != frame.image.shape[:2]:
-            manifest = engine.bundle.manifest
-            height, width = frame.image.shape[:2]
-            plan = preprocess.Plan(manifest.input, roi.shape, height, width, recipe.intensity_window)
-            preprocess.refuse_unlike(manifest.training, manifest.input, plan.box)
-            self._plans[camera, roi_name] = plan
-        return plan
+            job.refused = Reason.WRONG_FORMAT, error.message
 
 
-def _run(
-    plan: preprocess.Plan, engine: Engine, image: Pixels, clock: _Clock
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8] | None]:
-    """All tiles of a region through the engine, in as many batches as it takes."""
-    total = len(plan.tiles)
-    if total <= engine.batch:
-        with clock.preprocess():
-            plan.fill(image, engine.images, engine.valid)
+def _judge(jobs: list[_Job], engine: Engine, clock: _Clock) -> None:
+    """Tiles of many regions through one network, in as few batches as they fit into; outputs lie in the jobs then.
+
+    Raises EngineLost; any other failure of the engine is written into the jobs it concerns.
+    """
+    several = sum(len(job.plan.tiles) for job in jobs if job.plan is not None) > engine.batch
+    waiting: list[tuple[_Job, int, int]] = []
+    at = 0
+    for job in jobs:
+        assert job.plan is not None
+        count = len(job.plan.tiles)
+        if at + count > engine.batch:
+            _run(waiting, engine, clock, keep=several)
+            waiting, at = [], 0
+        try:
+            if count > engine.batch:
+                _run_in_pieces(job, job.plan, engine, clock)
+                continue
+            with clock.preprocess():
+                job.plan.fill(job.frame.image, engine.images[at : at + count], engine.valid[at : at + count])
+        except preprocess.FormatError as error:
+            job.refused = Reason.WRONG_FORMAT, error.message
+            continue
+        waiting.append((job, at, at + count))
+        at += count
+    _run(waiting, engine, clock, keep=several)
+
+
+def _run(waiting: list[tuple[_Job, int, int]], engine: Engine, clock: _Clock, *, keep: bool) -> None:
+    """Run the engine on what lies in its buffers. `keep`: it will run again before the outputs are looked at."""
+    if not waiting:
+        return
+    try:
         with clock.infer():
-            out = engine()
-        return out.score[:total], out.map[:total], None if out.expected is None else out.expected[:total]
+            outputs = engine()
+    except EngineError as error:
+        for job, _, _ in waiting:
+            job.refused = Reason.ENGINE_FAULT, error.message
+        if isinstance(error, EngineLost):
+            raise
+        return
+    for job, start, stop in waiting:
+        part = outputs.part(start, stop)
+        job.outputs = part.copy() if keep else part
+
+
+def _run_in_pieces(job: _Job, plan: preprocess.Plan, engine: Engine, clock: _Clock) -> None:
+    """All tiles of a region that is larger than a batch."""
     with clock.preprocess():
         images, valid = plan.buffers()
-        plan.fill(image, images, valid)
-    scores, maps, expected = [], [], []
-    for start in range(0, total, engine.batch):
-        n = min(engine.batch, total - start)
+        plan.fill(job.frame.image, images, valid)
+    pieces: list[Outputs] = []
+    for start in range(0, len(images), engine.batch):
+        count = len(images[start : start + engine.batch])
         with clock.preprocess():
-            engine.images[:n], engine.valid[:n] = images[start : start + n], valid[start : start + n]
-        with clock.infer():
-            out = engine()
-        scores.append(out.score[:n].copy())
-        maps.append(out.map[:n].copy())
-        if out.expected is not None:
-            expected.append(out.expected[:n].copy())
-    return np.concatenate(scores), np.concatenate(maps), np.concatenate(expected) if expected else None
+            engine.images[:count], engine.valid[:count] = images[start : start + count], valid[start : start + count]
+        job.outputs = None
+        _run([(job, 0, count)], engine, clock, keep=True)
+        if job.outputs is None:
+            return
+        pieces.append(job.outputs)
+    job.outputs = Outputs.joined(pieces)
+
+
+def _found(job: _Job) -> tuple[Finding, View | None]:
+    """What came out for one region; for a failing one, what explains it."""
+    manifest = job.engine.bundle.manifest
+    threshold = job.roi.threshold or manifest.threshold
+
+    def finding(verdict: Verdict, reason: Reason, score: float | None = None) -> Finding:
+        return Finding(
+            camera=job.camera, roi=job.roi_name, frame=job.number, verdict=verdict, reason=reason, score=score,
+            threshold=threshold, ratio=None if score is None else round(score / threshold, 4),
+            bundle=BundleRef(name=manifest.name, release=manifest.release, sha256=job.engine.bundle.sha256[:12]),
+            engine=EngineRef(runtime=job.engine.runtime, precision=job.engine.precision),
+        )  # fmt: skip
+
+    plan, outputs = job.plan, job.outputs
+    if job.refused is not None or plan is None or outputs is None:
+        return finding(Verdict.UNDECIDED, job.refused[0] if job.refused else Reason.ENGINE_FAULT), None
+    score = float(outputs.score.max())
+    verdict, reason = scoring.judge(score, threshold)
+    if verdict is Verdict.UNDECIDED:
+        job.refused = reason, f"score {score}"
+        return finding(verdict, reason), None
+    if verdict is Verdict.PASS:
+        return finding(verdict, reason, round(score, 5)), None
+    anomaly = plan.stitched(outputs.map)
+    regions = plan.regions(anomaly, threshold, job.mm_per_px)
+    shown = {"regions": regions[:MAX_REGIONS], "regions_omitted": max(0, len(regions) - MAX_REGIONS)}
+    failed = finding(verdict, reason, round(score, 5)).model_copy(update=shown)
+    x, y, w, h = plan.box
+    drawn = plan.stitched(outputs.expected) if outputs.expected is not None else None
+    return failed, View(failed, job.frame.image[y : y + h, x : x + w], anomaly, drawn, (x, y))
 
 
 class _Clock:

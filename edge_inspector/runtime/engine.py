@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -14,9 +15,10 @@ from edge_inspector.bundles import Bundle
 from edge_inspector.errors import EngineError
 from edge_inspector.frames import Pixels
 from edge_inspector.roi import Roi
+from edge_inspector.runtime.precision import Precision
 
-SCORE_TOLERANCE = 0.01
-"""Largest allowed |difference of score| / threshold between runtimes on a bundle's own samples."""
+TOLERANCE: dict[Precision, float] = {"fp32": 0.01, "fp16": 0.01, "int8": 0.03}
+"""Largest allowed |difference of score| / threshold between runtimes."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,33 @@ class Outputs:
     expected: NDArray[np.uint8] | None
     """[N, H, W, C] where the network draws what it expected."""
 
+    def part(self, start: int, stop: int) -> Outputs:
+        """Of some of the batch; still the engine's own memory."""
+        expected = None if self.expected is None else self.expected[start:stop]
+        return Outputs(self.score[start:stop], self.map[start:stop], expected)
+
+    def copy(self) -> Outputs:
+        """Memory of its own, for what must outlive the next call."""
+        return Outputs(self.score.copy(), self.map.copy(), None if self.expected is None else self.expected.copy())
+
+    @staticmethod
+    def joined(parts: Sequence[Outputs]) -> Outputs:
+        """One after the other."""
+        expected = [part.expected for part in parts if part.expected is not None]
+        return Outputs(
+            np.concatenate([part.score for part in parts]), np.concatenate([part.map for part in parts]),
+            np.concatenate(expected) if expected else None,
+        )  # fmt: skip
+
 
 class Engine(Protocol):
     """Runs one bundle with a fixed batch. Opened and warmed in `__enter__`, off the hot path."""
 
     bundle: Bundle
     runtime: str
-    precision: str
+    precision: Precision
+    instead: str
+    """Why it stands in for the runtime that was wanted; empty where it does not."""
     batch: int
     images: NDArray[np.uint8]
     """Input buffer [batch, H, W, C]; write here, then call."""
@@ -56,14 +78,13 @@ def judged_tiles(engine: Engine, plan: preprocess.Plan, image: Pixels) -> tuple[
     """Scores [tiles] and anomaly maps [tiles, h, w] of a picture of any number of tiles, in batches of the engine's size."""
     images, valid = plan.buffers()
     plan.fill(image, images, valid)
-    scores, maps = [], []
+    parts = []
     for start in range(0, len(images), engine.batch):
         n = len(images[start : start + engine.batch])
         engine.images[:n], engine.valid[:n] = images[start : start + n], valid[start : start + n]
-        outputs = engine()
-        scores.append(outputs.score[:n].copy())
-        maps.append(outputs.map[:n].copy())
-    return np.concatenate(scores), np.concatenate(maps)
+        parts.append(engine().part(0, n).copy())
+    outputs = Outputs.joined(parts)
+    return outputs.score, outputs.map
 
 
 def picture_score(engine: Engine, image: Pixels) -> float:
@@ -80,7 +101,7 @@ def judge_samples(engine: Engine) -> list[float]:
     for sample in manifest.samples:
         score = picture_score(engine, pictures.read(engine.bundle.folder / sample.file))
         verdict, _ = scoring.judge(score, manifest.threshold)
-        if verdict is not sample.verdict or not abs(score - sample.score) <= SCORE_TOLERANCE * manifest.threshold:
+        if verdict is not sample.verdict or not abs(score - sample.score) <= TOLERANCE[engine.precision] * manifest.threshold:
             raise EngineError(
                 f"bundle {manifest.name}: {sample.file} scores {score:.4g} ({verdict.value}),"
                 f" expected {sample.score:.4g} ({sample.verdict.value})",

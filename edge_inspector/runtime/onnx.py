@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from edge_inspector.bundles import Bundle
 from edge_inspector.errors import EngineError
 from edge_inspector.runtime.engine import Outputs
+from edge_inspector.runtime.precision import Precision, precision_of
 
 # What onnxruntime raises for a bad model or a failed run; it has no public base class.
 _FAULTS: tuple[type[Exception], ...] = (RuntimeError, ValueError, *(
@@ -23,11 +24,14 @@ class OnnxEngine:
     """Engine protocol on ONNX Runtime's CPU provider."""
 
     runtime = "onnxruntime"
-    precision = "fp32"
 
-    def __init__(self, bundle: Bundle, *, batch: int = 1, threads: int = 2) -> None:
-        """Nothing is loaded before `__enter__`. `threads` bounds the cores one call uses."""
-        self.bundle, self.batch, self.threads = bundle, batch, threads
+    def __init__(
+        self, bundle: Bundle, *, batch: int = 1, threads: int = 2, graph: bytes | None = None, instead: str = ""
+    ) -> None:
+        """Nothing is loaded before `__enter__`. `threads` bounds the cores of one call; `graph`: run this, not the bundle's."""
+        self.bundle, self.batch, self.threads, self._graph = bundle, batch, threads, graph
+        self.precision: Precision = "fp32"
+        self.instead = instead
         spec = bundle.manifest.input
         self.images: NDArray[np.uint8] = np.zeros((batch, spec.height, spec.width, spec.channels), np.uint8)
         self.valid: NDArray[np.uint8] = np.zeros((batch, spec.height, spec.width), np.uint8)
@@ -40,9 +44,9 @@ class OnnxEngine:
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # cores idle between two parts
         try:
-            self._session = onnxruntime.InferenceSession(
-                self.bundle.network.read_bytes(), options, providers=["CPUExecutionProvider"]
-            )
+            graph = self._graph or self.bundle.network.read_bytes()
+            self.precision = precision_of(graph)
+            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
             self._bind()
             self()
         except _FAULTS as error:

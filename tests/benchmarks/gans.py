@@ -34,7 +34,7 @@ def measured(folder: Path, given: argparse.Namespace, seed: int, work: Path) -> 
     surveyed = data.survey(folder / "train" / "good")
     taken = np.unique(np.linspace(0, len(surveyed.paths) - 1, min(given.pictures, len(surveyed.paths))).round().astype(int))
     surveyed = dataclasses.replace(surveyed, paths=tuple(surveyed.paths[i] for i in taken))
-    settings = Fanogan()
+    settings = Fanogan(width=given.width)
     spec = settings.input_spec(surveyed, None, 0.0)
     held = surveyed.folds(4) == 3
     tiles = data.load_tiles(surveyed.paths, spec, None)
@@ -53,7 +53,7 @@ def measured(folder: Path, given: argparse.Namespace, seed: int, work: Path) -> 
     some = np.concatenate([rng.permutation(np.flatnonzero(group))[:MOST] for group in (good, ~good)])
     searched = anogan.scores(fitter.g, fitter.d, test.images[some], steps=given.anogan_steps, seed=seed)
     return {
-        "set": folder.name, "seed": seed, "pictures": len(surveyed.paths), "train_s": seconds, "train_cpu_s": cpu_s,
+        "set": folder.name, "seed": seed, "width": given.width, "pictures": len(surveyed.paths), "train_s": seconds, "train_cpu_s": cpu_s,
         "steps": [fitter.settings.gan_steps, fitter.settings.encoder_steps], **watched.figures(),
         "fanogan": detection(found[good], found[~good]).to_json(),
         "anogan_auroc": scoring.auroc(searched[good[some]], searched[~good[some]]),
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("sets", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--width", type=int, default=64, help="of the networks; 64 is the paper's, for a GPU")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--anogan-steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("gans.jsonl"))

@@ -1,0 +1,159 @@
+"""The gate behind every build: a compiled network must judge as ONNX Runtime does.
+
+Judged are the bundle's own samples and frames near the threshold, where a small difference would turn a verdict: tiles of the
+samples with a blot, which is faded until the score lies within 20 % of the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_inspector import pictures, preprocess, scoring
+from edge_inspector.bundles import Bundle
+from edge_inspector.errors import EngineError, EngineRefused
+from edge_inspector.roi import Roi
+from edge_inspector.runtime.engine import TOLERANCE, Engine, judge_samples
+
+FRAMES, REACH = 200, 0.2
+_FADES = 12
+"""Halvings of a blot's strength before another blot is tried."""
+_TRIES = 5
+"""Blots tried for each frame that is wanted."""
+_SEED = 1
+
+
+@dataclass(frozen=True)
+class Near:
+    """Frames near the threshold, as the network takes them, with the scores that ONNX Runtime gives them."""
+
+    images: NDArray[np.uint8]
+    """[N, H, W, C]"""
+    valid: NDArray[np.uint8]
+    """[N, H, W]"""
+    scores: NDArray[np.float32]
+    """[N]"""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How well two engines agree on frames near the threshold."""
+
+    frames: int
+    largest: float
+    """|difference of score| / threshold."""
+    flips: int
+
+
+def near_threshold(reference: Engine, tolerance: float, step: Callable[[int], None], count: int = FRAMES) -> Near:
+    """Make `count` frames whose scores lie within 20 % of the threshold, but not within the tolerance.
+
+    Nearer than the tolerance a flip would say nothing. `reference` has a batch of one. Raises EngineError where the network
+    gives too few such scores.
+    """
+    rng, threshold = np.random.default_rng(_SEED), reference.bundle.manifest.threshold
+    tiles = list(_tiles(reference.bundle))
+    images, valid, scores = [], [], []
+    for attempt in range(_TRIES * count):
+        image, inside = tiles[attempt % len(tiles)]
+        reference.valid[0] = inside
+        side = rng.choice((-1, 1))
+        target = threshold * (1 + side * rng.uniform(1.5 * tolerance, REACH))
+        found = _faded(reference, image, _blot(rng, image), target, threshold * tolerance)
+        if found is not None:
+            images.append(found[0])
+            valid.append(inside)
+            scores.append(found[1])
+            step(len(scores))
+        if len(scores) == count:
+            return Near(np.stack(images), np.stack(valid), np.array(scores, np.float32))
+    raise EngineError(
+        f"bundle {reference.bundle.manifest.name}: {len(scores)} of {count} frames near its threshold could be made",
+        hint="a blot on its samples hardly moves its score; it cannot be compared where it matters",
+    )
+
+
+def _tiles(bundle: Bundle) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Every tile of every sample, image and valid."""
+    manifest = bundle.manifest
+    for sample in manifest.samples:
+        picture = pictures.read(bundle.folder / sample.file)
+        plan = preprocess.Plan(manifest.input, Roi(), picture.shape[0], picture.shape[1], manifest.training.intensity_window)
+        images, valid = plan.buffers()
+        plan.fill(picture, images, valid)
+        yield from zip(images, valid, strict=True)
+
+
+def _blot(rng: np.random.Generator, image: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Colour [C] and strength [H, W, 1] of a round blot with a soft rim, anywhere."""
+    height, width, channels = image.shape
+    y, x = rng.uniform(0, height), rng.uniform(0, width)
+    radius = rng.uniform(0.02, 0.15) * min(height, width) + 2
+    rows, columns = np.ogrid[:height, :width]
+    away = np.hypot(rows - y, columns - x) / radius
+    colour: NDArray[np.float32] = rng.uniform(0, 255, channels).astype(np.float32)
+    return colour, np.asarray(np.clip(2 - 2 * away, 0, 1), np.float32)[..., None]
+
+
+def _faded(
+    reference: Engine,
+    image: NDArray[np.uint8],
+    blot: tuple[NDArray[np.float32], NDArray[np.float32]],
+    target: float,
+    slack: float,
+) -> tuple[NDArray[np.uint8], float] | None:
+    """The image with so much of the blot that it scores within `slack` of `target`; None where no strength does."""
+    colour, shape = blot
+
+    def scored(strength: float) -> float:
+        mixed = image + strength * shape * (colour - image)
+        np.copyto(reference.images[0], np.round(mixed), casting="unsafe")
+        return float(reference().score[0])
+
+    if scored(1.0) < target or scored(0.0) > target:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(_FADES):
+        middle = (low + high) / 2
+        score = scored(middle)
+        if abs(score - target) <= slack / 2:
+            return reference.images[0].copy(), score
+        low, high = (middle, high) if score < target else (low, middle)
+    return None
+
+
+def compared(engine: Engine, near: Near) -> Parity:
+    """Judge the same frames; refuses nothing."""
+    scores = np.empty_like(near.scores)
+    for start in range(0, len(scores), engine.batch):
+        n = len(scores[start : start + engine.batch])
+        engine.images[:n], engine.valid[:n] = near.images[start : start + n], near.valid[start : start + n]
+        scores[start : start + n] = engine().score[:n]
+    threshold = engine.bundle.manifest.threshold
+    flips = sum(
+        scoring.judge(float(a), threshold)[0] is not scoring.judge(float(b), threshold)[0]
+        for a, b in zip(near.scores, scores, strict=True)
+    )
+    off = np.abs(scores - near.scores) / threshold
+    return Parity(len(scores), float(off.max()), flips)
+
+
+def refuse_unlike(engine: Engine, near: Near) -> Parity:
+    """Raise EngineRefused unless samples and frames near the threshold are judged as ONNX Runtime judges them."""
+    name, tolerance = f"bundle {engine.bundle.manifest.name}, {engine.precision}", TOLERANCE[engine.precision]
+    hint = "another precision may do: edge-inspector build --precision fp32"
+    try:
+        judge_samples(engine)
+    except EngineError as error:
+        raise EngineRefused(f"{name}: {error.message}", hint=hint) from error
+    parity = compared(engine, near)
+    if parity.flips or not parity.largest <= tolerance:  # not a number is refused too
+        raise EngineRefused(
+            f"{name}: differs from ONNX Runtime by {parity.largest:.2%} of the threshold (at most {tolerance:.0%}),"
+            f" {parity.flips} of {parity.frames} verdicts flip",
+            hint=hint,
+        )
+    return parity
