@@ -78,7 +78,7 @@ def _bundle(device: Device, name: str, bundles: dict[str, Bundle]) -> Finding:
     thing = f"bundle {name}"
     try:
         bundle = open_bundle(device.bundles / name, device.trust, clock_ok=health.clock().ok)
-        with OnnxEngine(bundle, threads=device.config.engine_threads) as engine:
+        with OnnxEngine(bundle, threads=device.config.engine.threads) as engine:
             judge_samples(engine)
     except InspectorError as error:
         known = ", ".join(in_folder(device.bundles)) or "none"

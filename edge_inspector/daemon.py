@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -19,14 +19,14 @@ from edge_inspector.broker import ALERT_EXPIRES_S, Broker
 from edge_inspector.bundles import Bundle, open_bundle
 from edge_inspector.cameras import open_source
 from edge_inspector.config import Device, LineConfig, StationConfig, load_line
-from edge_inspector.errors import InspectorError
+from edge_inspector.errors import EngineLost, InspectorError
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import utc_now
 from edge_inspector.messages import Alert, Cause, StateMessage, Topics
 from edge_inspector.mqtt import Connection, Will, read_password, tls_context
 from edge_inspector.outbox import Outbox
 from edge_inspector.roi import Roi
-from edge_inspector.runtime import Engine, OnnxEngine
+from edge_inspector.runtime import Engine, Tell, Workshop, opened
 from edge_inspector.station import Setting, Station
 
 log = logging.getLogger(__name__)
@@ -55,24 +55,36 @@ def connection_of(device: Device, client_id: str, subscriptions: tuple[str, ...]
     return Connection(broker, client_id, subscriptions=subscriptions, will=will, password=password, tls=tls)
 
 
-def batch_of(bundle: Bundle, line: LineConfig) -> int:
-    """Tiles of the largest region that this bundle judges: they go through the network together."""
+def batch_of(bundle: Bundle, line: LineConfig, runtime: str) -> int:
+    """Tiles that go through this bundle's network together.
+
+    On a GPU all of one part, of all its regions, cameras and frames. A CPU gains nothing from that: there those of one region.
+    """
     trained, spec = bundle.manifest.training, bundle.manifest.input
-    sizes = []
+    most = 1
     for recipe in line.recipes.values():
+        counts = [0]
         for roi in (roi for camera in recipe.cameras.values() for roi in camera.rois.values()):
             if roi.bundle != bundle.manifest.name:
                 continue
             # A region without shape is the whole frame: as large as the training pictures, as far as is known here.
             box = roi.box(trained.height_px, trained.width_px) if roi.shape == Roi() else roi.box(65536, 65536)
-            sizes.append(box[2:] if box is not None else (trained.width_px, trained.height_px))
-    return min(MAX_BATCH, max(preprocess.tile_count(spec, *size) for size in sizes))
+            size = box[2:] if box is not None else (trained.width_px, trained.height_px)
+            counts.append(preprocess.tile_count(spec, *size))
+        most = max(most, sum(counts) * recipe.decision.frames if runtime == "tensorrt" else max(counts))
+    return min(MAX_BATCH, most)
 
 
-def open_engine(device: Device, line: LineConfig, name: str) -> Engine:
+def workshop_of(device: Device) -> Workshop:
+    """Where a device keeps its TensorRT engines."""
+    return Workshop(device.state / "engines", device.trust, device.config.engine.threads)
+
+
+def open_engine(device: Device, line: LineConfig, name: str, tell: Tell) -> AbstractContextManager[Engine]:
     """The engine of a bundle, verified, not entered yet. Raises BundleError."""
     bundle = open_bundle(device.bundles / name, device.trust, clock_ok=health.clock().ok)
-    return OnnxEngine(bundle, batch=batch_of(bundle, line), threads=device.config.engine_threads)
+    config = device.config.engine
+    return opened(bundle, config, workshop_of(device), batch_of(bundle, line, config.runtime), tell)
 
 
 @dataclass
@@ -114,9 +126,10 @@ class _Line:
         self._told: object = None
         self._told_s = 0.0
         topics = topics_of(device)
-        state = StateMessage(
+        runtimes = dict.fromkeys(("onnxruntime", device.config.engine.runtime))
+        self._state = StateMessage(
             online=True, session=self.session, at=utc_now(), version=version("edge-inspector"),
-            capabilities=("onnxruntime",), configuration_version=line.version,
+            capabilities=tuple(runtimes), configuration_version=line.version,
         )  # fmt: skip
         offline = StateMessage(online=False, session=self.session)
         self.outbox = Outbox(
@@ -133,7 +146,7 @@ class _Line:
         for part in (self.outbox, evidence, self.connection, self.broker):
             stack.enter_context(part)
         stack.callback(self.broker.retain, offline, "state")
-        self.broker.retain(state, "state")
+        self.broker.retain(self._state, "state")
         for station in self.stations.values():
             station.voice = self.broker
             station.announce()
@@ -153,6 +166,8 @@ class _Line:
     def look(self, extra: list[Cause]) -> None:
         """Ping systemd, tell health and alarms. Raises the failure of any thread that ended."""
         for failure in (self.outbox.failure, self.broker.failure, *(s.failure for s in self.stations.values())):
+            if isinstance(failure, EngineLost):
+                raise failure
             if failure is not None:
                 raise InspectorError(f"a thread ended: {failure}", hint="see the log above") from failure
         hanging = self.watchdog.ping()
@@ -166,6 +181,10 @@ class _Line:
         if news != self._told or time.monotonic() - self._told_s > HEALTH_EVERY_S:
             self._told, self._told_s = news, time.monotonic()
             self.broker.retain(told, "health")
+        engines = {name: told for station in self.stations.values() for name, told in station.engines.items()}
+        if engines != self._state.engines:
+            self._state = self._state.model_copy(update={"engines": engines})
+            self.broker.retain(self._state, "state")
         systemd.notify(f"STATUS={self.summary()}")
 
     def summary(self) -> str:

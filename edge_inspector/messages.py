@@ -113,6 +113,14 @@ class ReplayEnd(TolerantModel):
     error: str = ""
 
 
+class EngineState(TolerantModel):
+    """What runs a bundle."""
+
+    runtime: str
+    precision: str
+    instead: str = Field("", description="why it stands in for the runtime that was wanted; empty where it does not")
+
+
 class StateMessage(TolerantModel):
     """state, retained; the last will says online: false."""
 
@@ -122,6 +130,7 @@ class StateMessage(TolerantModel):
     at: Moment | None = None
     version: str = ""
     capabilities: tuple[str, ...] = ()
+    engines: dict[str, EngineState] = Field(default_factory=dict, description="by bundle, once its station is ready")
     configuration_version: int | None = None
 
 

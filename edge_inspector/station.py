@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -26,11 +26,11 @@ from edge_inspector.errors import CameraEnded, InspectorError, OutboxError
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import Frame, Trigger, utc_now
 from edge_inspector.inspector import Inspection, Inspector
-from edge_inspector.messages import Cause, Ready, VerdictMessage
+from edge_inspector.messages import Cause, EngineState, Ready, VerdictMessage
 from edge_inspector.outbox import Outbox
 from edge_inspector.recipes import Recipe
 from edge_inspector.results import ConfigurationRef, Reason, RecipeRef, Result, Times, Verdict
-from edge_inspector.runtime import Engine, judge_samples
+from edge_inspector.runtime import Engine, Tell, judge_samples
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ QUEUE = 256
 LOST_TOLD = 64
 """Parts lost in one go of a free-running camera that get a result each."""
 _WAIT_S = 0.25
+_BUILDING_EVERY_S = 1.0
 
 
 class Voice(Protocol):
@@ -64,8 +65,8 @@ class Setting:
     session: str
     make_source: Callable[[str], Source]
     """Camera name -> fresh source."""
-    open_engine: Callable[[str], Engine]
-    """Bundle name -> engine, not entered yet. Raises InspectorError."""
+    open_engine: Callable[[str, Tell], AbstractContextManager[Engine]]
+    """Bundle name, whom to tell of a build -> engine, not entered yet. Raises InspectorError."""
     clock_ok: Callable[[], bool]
     watch: Callable[[str], Callable[[], None]]
     """Loop name -> its tick."""
@@ -93,12 +94,15 @@ class Station:
         self.failure: Exception | None = None
         self.ended = threading.Event()
         """Set once a recording has been judged to its end."""
+        self.engines: dict[str, EngineState] = {}
+        """By bundle, once the station is ready."""
         self.cameras: dict[str, Camera] = {}
         self._triggers: queue.Queue[Trigger] = queue.Queue(QUEUE)
         self._inspectors: dict[str, tuple[Inspector, RecipeRef]] = {}
         self._product = config.product
         self._state, self._why = "preoperational", "starting"
         self._halted = False
+        self._building_told_s = 0.0
         self._carried: Frame | None = None
         self._tick: Callable[[], None] = lambda: None
         self._free_ids = count(1)
@@ -173,6 +177,10 @@ class Station:
         causes = []
         if self._state == "error":
             causes.append(Cause(code="not_ready", severity="failure", thing=self.name, text=self._why))
+        for bundle, engine in self.engines.items():
+            if engine.instead:
+                text = f"runs on {engine.runtime}: {engine.instead}"
+                causes.append(Cause(code="engine_fallback", severity="off_spec", thing=f"{self.name}/{bundle}", text=text))
         for name, camera in self.cameras.items():
             if camera.state is CameraState.FAULT:
                 thing = f"{self.name}/{name}"
@@ -207,14 +215,24 @@ class Station:
             for recipe_id in dict.fromkeys(self.config.products.values()):
                 recipe = self.setting.recipes[recipe_id]
                 for bundle in sorted(recipe.bundles - set(engines)):
-                    engines[bundle] = stack.enter_context(self.setting.open_engine(bundle))
+                    engines[bundle] = stack.enter_context(self.setting.open_engine(bundle, partial(self._building, bundle)))
                     judge_samples(engines[bundle])
                 self._inspectors[recipe_id] = (Inspector(recipe, engines), recipe.reference(recipe_id))
         except InspectorError as error:
             log.error("station %s is not ready: %s", self.name, error)
             self._become("error", error.message)
             return
+        self.engines = {
+            name: EngineState(runtime=engine.runtime, precision=engine.precision, instead=engine.instead)
+            for name, engine in engines.items()
+        }
         self._become("continuous_execution" if self.config.trigger == "free" else "ready")
+
+    def _building(self, bundle: str, phase: str, step: int, steps: int) -> None:
+        """Tell how far the engine of a bundle is, once a second."""
+        if time.monotonic() - self._building_told_s > _BUILDING_EVERY_S:
+            self._building_told_s = time.monotonic()
+            self._become("preoperational", f"building the engine of bundle {bundle}: {phase}, {step} of {steps}")
 
     def _become(self, state: str, why: str = "") -> None:
         self._state, self._why = state, why
@@ -296,7 +314,10 @@ class Station:
         else:
             self._more_frames(trigger, inspector.recipe, frames)
         captured_ms = (time.perf_counter() - began) * 1e3
-        self._finish(trigger, inspector.inspect(frames), reference, frames, captured_ms)
+        inspection = inspector.inspect(frames)
+        self._finish(trigger, inspection, reference, frames, captured_ms)
+        if inspection.lost is not None:
+            raise inspection.lost
         if self.config.trigger == "software":
             self._tell_ready()
 

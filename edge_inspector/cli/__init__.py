@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
 from edge_inspector.cli import offline, online
 from edge_inspector.cli.shown import complain
-from edge_inspector.errors import InspectorError
+from edge_inspector.errors import EngineLost, InspectorError
 
 app = typer.Typer(
     name="edge-inspector",
@@ -34,6 +35,10 @@ def main() -> None:
     """Entry point. Exit code 2: trouble, explained on stderr."""
     try:
         app()
+    except EngineLost as error:
+        complain(error)
+        sys.stdout.flush()
+        os._exit(2)  # everything is closed by now; what CUDA would still tidy up aborts on a GPU that has failed
     except InspectorError as error:
         complain(error)
         sys.exit(2)

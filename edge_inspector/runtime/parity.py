@@ -19,8 +19,8 @@ from edge_inspector.roi import Roi
 from edge_inspector.runtime.engine import TOLERANCE, Engine, judge_samples
 
 FRAMES, REACH = 200, 0.2
-_FADES = 12
-"""Halvings of a blot's strength before another blot is tried."""
+_FADES, _NEAR = 8, 0.04
+"""Strengths of a blot that are tried until the score is so near to what it should be, in thresholds; then another blot."""
 _TRIES = 5
 """Blots tried for each frame that is wanted."""
 _SEED = 1
@@ -60,10 +60,9 @@ def near_threshold(reference: Engine, tolerance: float, step: Callable[[int], No
     for attempt in range(_TRIES * count):
         image, inside = tiles[attempt % len(tiles)]
         reference.valid[0] = inside
-        side = rng.choice((-1, 1))
-        target = threshold * (1 + side * rng.uniform(1.5 * tolerance, REACH))
-        found = _faded(reference, image, _blot(rng, image), target, threshold * tolerance)
-        if found is not None:
+        target = 1 + rng.choice((-1, 1)) * rng.uniform(tolerance, REACH)
+        found = _faded(reference, image, _blot(rng, image), target)
+        if found is not None and tolerance < abs(found[1] / threshold - 1) < REACH:
             images.append(found[0])
             valid.append(inside)
             scores.append(found[1])
@@ -94,34 +93,37 @@ def _blot(rng: np.random.Generator, image: NDArray[np.uint8]) -> tuple[NDArray[n
     radius = rng.uniform(0.02, 0.15) * min(height, width) + 2
     rows, columns = np.ogrid[:height, :width]
     away = np.hypot(rows - y, columns - x) / radius
-    colour: NDArray[np.float32] = rng.uniform(0, 255, channels).astype(np.float32)
+    colour: NDArray[np.float32] = rng.integers(0, 256, size=(channels,)).astype(np.float32)
     return colour, np.asarray(np.clip(2 - 2 * away, 0, 1), np.float32)[..., None]
 
 
 def _faded(
-    reference: Engine,
-    image: NDArray[np.uint8],
-    blot: tuple[NDArray[np.float32], NDArray[np.float32]],
-    target: float,
-    slack: float,
+    reference: Engine, image: NDArray[np.uint8], blot: tuple[NDArray[np.float32], NDArray[np.float32]], target: float
 ) -> tuple[NDArray[np.uint8], float] | None:
-    """The image with so much of the blot that it scores within `slack` of `target`; None where no strength does."""
+    """The image with so much of the blot that it scores near `target` thresholds, and its score; None where nothing does."""
     colour, shape = blot
+    threshold = reference.bundle.manifest.threshold
 
     def scored(strength: float) -> float:
         mixed = image + strength * shape * (colour - image)
         np.copyto(reference.images[0], np.round(mixed), casting="unsafe")
-        return float(reference().score[0])
+        return float(reference().score[0]) / threshold
 
-    if scored(1.0) < target or scored(0.0) > target:
+    low, below = 0.0, scored(0.0)
+    high, above = 1.0, scored(1.0)
+    if not below < target < above:
         return None
-    low, high = 0.0, 1.0
     for _ in range(_FADES):
-        middle = (low + high) / 2
+        # By the slope between the two ends, but never so near to one that the other hardly moves.
+        share = min(max((target - below) / (above - below), 0.2), 0.8)
+        middle = low + share * (high - low)
         score = scored(middle)
-        if abs(score - target) <= slack / 2:
-            return reference.images[0].copy(), score
-        low, high = (middle, high) if score < target else (low, middle)
+        if abs(score - target) < _NEAR:
+            return reference.images[0].copy(), score * threshold
+        if score < target:
+            low, below = middle, score
+        else:
+            high, above = middle, score
     return None
 
 

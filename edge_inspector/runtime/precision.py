@@ -63,6 +63,10 @@ class _Halver:
     def __init__(self, onnx: Any, graph: Any) -> None:
         self.onnx, self.graph = onnx, graph
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        # Bundles store what is exact at half precision so, with a cast behind it.
+        self.constants |= {
+            n.output[0]: self.constants[n.input[0]] for n in graph.node if _widens(n) and n.input[0] in self.constants
+        }
         self.constants |= {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant"}
         self.half: set[str] = set()
         """Values that are at half precision."""
@@ -82,15 +86,18 @@ class _Halver:
             self.nodes.append(node)
         del self.graph.value_info[:]  # it names the old types
         used = {name for node in self.nodes for name in node.input}
-        _keep(self.graph.node, [n for n in self.nodes if n.op_type != "Constant" or n.output[0] in used])
+        _keep(self.graph.node, [n for n in self.nodes if not (n.op_type == "Constant" or _widens(n)) or n.output[0] in used])
         _keep(self.graph.initializer, [tensor for tensor in self.graph.initializer if tensor.name in used])
 
     def _constant(self, name: str) -> str:
-        """A half-precision copy of a weight."""
+        """A weight at half precision: stored so, or a copy."""
+        stored = self.constants[name]
+        if stored.name and stored.data_type == self.onnx.TensorProto.FLOAT16:
+            return str(stored.name)
         copy = f"{name}:half"
         if copy not in self.made:
             self.made.add(copy)
-            value = self.onnx.numpy_helper.to_array(self.constants[name]).astype(np.float16)
+            value = self.onnx.numpy_helper.to_array(stored).astype(np.float16)
             self.graph.initializer.append(self.onnx.numpy_helper.from_array(value, copy))
         return copy
 
@@ -110,6 +117,10 @@ def _keep(field: Any, kept: list[Any]) -> None:
     """Replace what a repeated field of a message holds."""
     del field[:]
     field.extend(kept)
+
+
+def _widens(node: Any) -> bool:
+    return bool(node.op_type == "Cast" and node.name.endswith(":cast"))
 
 
 def _halves(node: Any) -> bool:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # For tests without a GPU: PyCUDA (built here), TensorRT-RTX and the bindings of TensorRT 10.3, 10.16 and 11.4.
-#   tests/nvidia/install.sh PYTHON FOLDER
-# PyCUDA and RTX go into PYTHON's environment, the bindings unpacked into FOLDER. Nothing of it is shipped.
+#   tests/nvidia/install.sh PYTHON
+# PyCUDA and RTX go into that Python's virtual environment, the bindings beside it, into its folder nvidia. Nothing of it ships.
 set -euo pipefail
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")  # absolute, and still the environment's own link
-folder=$(mkdir -p "$2" && cd "$2" && pwd)
+folder=$("$python" -c 'import sys; print(sys.prefix)')/nvidia
 pip=("$python" -m pip --disable-pip-version-check -q)
 
 if ! "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("pycuda") is None)'; then

@@ -29,6 +29,8 @@ def _conv(weights: dict[str, Tensor], conv: str, norm: str, stride: int = 1) -> 
     """Convolution with its batch norm folded in, padded as TensorFlow's SAME for even inputs.
 
     At stride 2 SAME pads one pixel less on the left; a kernel grown by a zero row and column needs no padding of its own.
+    Weights are rounded to half precision before anything is fitted to the features: a half-precision engine then computes with
+    the very same ones. Rounded only there they move scores near the threshold by up to 1.3 % of it, and nothing else does.
     """
     gain = weights[f"{norm}.weight"] / (weights[f"{norm}.running_var"] + _EPSILON).sqrt()
     kernel = weights[f"{conv}.weight"] * gain[:, None, None, None]
@@ -37,8 +39,8 @@ def _conv(weights: dict[str, Tensor], conv: str, norm: str, stride: int = 1) -> 
     out, per_group, side, _ = kernel.shape
     groups = out if per_group == 1 else 1
     layer = nn.Conv2d(per_group * groups, out, side, stride, (side - stride + 1) // 2, groups=groups)
-    layer.weight.data = kernel.contiguous()
-    layer.bias = nn.Parameter(weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * gain)
+    layer.weight.data = kernel.half().float().contiguous()
+    layer.bias = nn.Parameter((weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * gain).half().float())
     return layer
 
 
