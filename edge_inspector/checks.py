@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -160,7 +161,9 @@ def check_machine() -> list[Finding]:
         _package("paho-mqtt", "paho.mqtt.client", needed=True, hint="pip install paho-mqtt"),
         _package("amqtt", "amqtt", needed=False, hint='for the demo: pip install "edge-inspector[demo]"'),
         _package("torch", "torch", needed=False, hint='for training: pip install "edge-inspector[train]"'),
+        _tensorrt(),
         _gpu(),
+        *_jetson(),
         _local_broker(),
         Finding(
             "clock",
@@ -186,12 +189,46 @@ def check_machine() -> list[Finding]:
     return [f if not f.ok else Finding(f.thing, True, f.text, needed=f.needed) for f in findings]
 
 
+_CPU_HINT = "networks run on the CPU with ONNX Runtime"
+
+
+def _tensorrt() -> Finding:
+    """TensorRT is never installed by us: it belongs to the device."""
+    from edge_inspector.runtime.tensorrt import load  # noqa: PLC0415 - loads ONNX Runtime
+
+    try:
+        found = load().__version__
+    except InspectorError as error:
+        return Finding("TensorRT", False, error.message[:100], f"{error.hint}; without it {_CPU_HINT}", needed=False)
+    untried = "edge-inspector's use of it was tested on a stand-in, never on a GPU; each build is compared before it judges"
+    return Finding("TensorRT", True, f"{found}; {untried}", needed=False)
+
+
 def _gpu() -> Finding:
-    devices = sorted(str(path) for path in Path("/dev").glob("nvidia*")) or sorted(
-        str(path) for path in Path("/dev").glob("nvhost-gpu")
-    )
-    hint = "networks run on the CPU with ONNX Runtime"
-    return Finding("NVIDIA GPU", bool(devices), ", ".join(devices[:3]) or "none seen", hint, needed=False)
+    from edge_inspector.runtime.cuda import gpu  # noqa: PLC0415 - loads ONNX Runtime
+
+    try:
+        facts = gpu().facts
+    except InspectorError as error:
+        seen = ", ".join(sorted(str(p) for pattern in ("nvidia*", "nvhost-gpu") for p in Path("/dev").glob(pattern))[:3])
+        devices = f"device files: {seen}" if seen else "no device files of NVIDIA's"
+        return Finding("NVIDIA GPU", False, f"{error.message[:100]}; {devices}", f"{error.hint}; {_CPU_HINT}", needed=False)
+    shared = ", shared with the CPU" if facts.integrated else ""
+    text = f"{facts.name}, compute capability {facts.compute_capability}, {facts.memory_mb} MB{shared}, CUDA {facts.cuda}"
+    return Finding("NVIDIA GPU", True, text, needed=False)
+
+
+def _jetson() -> Iterator[Finding]:
+    """JetPack's release and power mode: a Jetson in a saving mode is several times slower."""
+    release = Path("/etc/nv_tegra_release")
+    if release.exists():
+        yield Finding("Jetson Linux", True, release.read_text().split("\n", 1)[0].lstrip("# ")[:80], needed=False)
+    command = shutil.which("nvpmodel")
+    if command is None:
+        return
+    asked = subprocess.run([command, "-q"], capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+    mode = " ".join(asked.stdout.split()) or asked.stderr.strip()[:80]
+    yield Finding("power mode", asked.returncode == 0, mode, "sudo nvpmodel -m 0, then sudo jetson_clocks", needed=False)
 
 
 def _local_broker() -> Finding:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from rich.table import Table
 
 from edge_inspector.cli.shown import (
@@ -29,14 +29,18 @@ from edge_inspector.cli.shown import (
     one_line,
     out,
     print_json,
+    progress_bar,
 )  # fmt: skip
 from edge_inspector.errors import InspectorError
 from edge_inspector.schema import validate
 
 if TYPE_CHECKING:
     from edge_inspector.bundles import Bundle
+    from edge_inspector.frames import Pixels
     from edge_inspector.inspector import View
+    from edge_inspector.preprocess import Plan
     from edge_inspector.roi import Rectangle
+    from edge_inspector.runtime import Engine
     from edge_inspector.training.data import Pictures
     from edge_inspector.training.orders import Order, Trained
     from edge_inspector.training.run import Progress as Step
@@ -45,20 +49,13 @@ _TRUST = Path("trust")
 _KEY = Path("keys/signing.key")
 
 
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"),
-        TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=err,
-    )  # fmt: skip
-
-
 def _trained(order: Order, run: Callable[..., Trained]) -> Trained:
     """Train with what the audit found, then a bar for each stage. The first Ctrl-C saves, the second ends at once."""
     asked: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: _asked(asked, before, number, frame))
     err.print(f"work in progress lies in {order.out}.training; Ctrl-C stops, the same command resumes")
     try:
-        with _bar() as bar:
+        with progress_bar() as bar:
             tasks: dict[str, TaskID] = {}
 
             def step(now: Step) -> None:
@@ -213,7 +210,7 @@ def evaluate(
 
     total = sum(len(paths) for paths in labelled(folder).values())
     opened = open_bundle(bundle, trust)
-    with OnnxEngine(opened, batch=_batch(opened)) as engine, _bar() as bar:
+    with OnnxEngine(opened, batch=_batch(opened)) as engine, progress_bar() as bar:
         task = bar.add_task("judging", total=total, figures="")
         found = run(engine, folder, lambda: bar.advance(task), Roi(rectangle=_rectangle(rectangle)))
     if as_json:
@@ -312,6 +309,9 @@ def _save(folder: Path, path: Path, view: View) -> None:
 
 def bench(
     bundle: BundleArgument,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="a device.yaml: its engine, beside ONNX Runtime")
+    ] = None,
     trust: TrustOption = _TRUST,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     rounds: Annotated[int, typer.Option(min=10)] = 200,
@@ -320,35 +320,53 @@ def bench(
     """Latency of a bundle on this machine: percentiles per stage, on the bundle's own samples."""
     from edge_inspector import pictures, preprocess  # noqa: PLC0415
     from edge_inspector.bundles import open_bundle  # noqa: PLC0415
+    from edge_inspector.config import load_device  # noqa: PLC0415
+    from edge_inspector.daemon import workshop_of  # noqa: PLC0415
     from edge_inspector.roi import Roi  # noqa: PLC0415
-    from edge_inspector.runtime import OnnxEngine  # noqa: PLC0415
+    from edge_inspector.runtime import OnnxEngine, opened  # noqa: PLC0415
 
-    opened = open_bundle(bundle, trust)
-    manifest = opened.manifest
-    image = pictures.read(opened.folder / manifest.samples[0].file)
+    device = load_device(config) if config else None
+    found = open_bundle(bundle, device.trust if device else trust)
+    manifest = found.manifest
+    image = pictures.read(found.folder / manifest.samples[0].file)
     height, width = image.shape[:2]
     plan = preprocess.Plan(manifest.input, Roi(), height, width, manifest.training.intensity_window)
+    tiles = len(plan.tiles)
+    runs: list[dict[str, Any]] = []
+    if device is not None and device.config.engine.runtime != "onnxruntime":
+        with opened(found, device.config.engine, workshop_of(device), tiles) as engine:
+            runs.append(_measured(engine, plan, image, rounds))
+    with OnnxEngine(found, batch=tiles, threads=threads) as reference:
+        runs.append(_measured(reference, plan, image, rounds))
+    if as_json:
+        print_json({"bundle": manifest.name, "tiles": tiles, "threads": threads, "rounds": rounds, "runs": runs})
+        return
+    table = Table("engine", "stage", "median ms", "p95 ms", "p99 ms", box=None)
+    for run in runs:
+        for stage, figure in run["stages"].items():
+            table.add_row(f"{run['runtime']} {run['precision']}", stage, *(f"{value:.2f}" for value in figure.values()))
+    out.print(f"{manifest.name}, {tiles} tile(s), {rounds} rounds, {threads} thread(s) for ONNX Runtime on the CPU")
+    out.print(table)
+
+
+def _measured(engine: Engine, plan: Plan, image: Pixels, rounds: int) -> dict[str, Any]:
+    """Percentiles of each stage; `infer` holds the copies, and where the engine has stages of its own they follow it."""
     stages: dict[str, list[float]] = {"preprocess": [], "infer": [], "total": []}
-    with OnnxEngine(opened, batch=len(plan.tiles), threads=threads) as engine:
-        for _ in range(rounds):
-            began = time.perf_counter()
-            plan.fill(image, engine.images, engine.valid)
-            filled = time.perf_counter()
-            engine()
-            done = time.perf_counter()
-            for stage, seconds in (("preprocess", filled - began), ("infer", done - filled), ("total", done - began)):
-                stages[stage].append(seconds * 1e3)
+    for _ in range(rounds):
+        began = time.perf_counter()
+        plan.fill(image, engine.images, engine.valid)
+        filled = time.perf_counter()
+        engine()
+        done = time.perf_counter()
+        for stage, seconds in (("preprocess", filled - began), ("infer", done - filled), ("total", done - began)):
+            stages[stage].append(seconds * 1e3)
+    for _ in range(rounds):
+        for stage, milliseconds in engine.stages_ms().items():
+            stages.setdefault(f"infer: {stage}", []).append(milliseconds)
     figures = {
         stage: {f"p{p}_ms": round(float(np.percentile(times, p)), 3) for p in (50, 95, 99)} for stage, times in stages.items()
     }
-    if as_json:
-        print_json({"bundle": manifest.name, "tiles": len(plan.tiles), "threads": threads, "rounds": rounds, **figures})
-        return
-    table = Table("stage", "median ms", "p95 ms", "p99 ms", box=None)
-    for stage, figure in figures.items():
-        table.add_row(stage, *(f"{value:.2f}" for value in figure.values()))
-    out.print(f"{manifest.name}, {len(plan.tiles)} tile(s), {threads} thread(s), {rounds} rounds, ONNX Runtime on the CPU")
-    out.print(table)
+    return {"runtime": engine.runtime, "precision": engine.precision, "stages": figures}
 
 
 def generate(
@@ -367,7 +385,7 @@ def generate(
 
     opened = open_bundle(bundle, trust)
     sources = pictures.listed(folder) if folder else []
-    with _bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("drawing", total=None, figures="")
         made = run(opened, out_folder, count, seed, sources, lambda: bar.advance(task))
     if as_json:

@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
+from rich.progress import TaskID
 from rich.table import Table
 
-from edge_inspector.cli.shown import ConfigOption, JsonOption, err, one_line, out, print_json, start_logging
+from edge_inspector.cli.shown import ConfigOption, JsonOption, err, one_line, out, print_json, progress_bar, start_logging
 from edge_inspector.errors import InspectorError
 
 
@@ -135,6 +136,46 @@ def doctor(as_json: JsonOption = False) -> None:
             table.add_row(mark, escape(f.thing), escape(f.text), escape(f.hint))
         out.print(table)
     raise typer.Exit(0 if all(f.ok or not f.needed for f in findings) else 1)
+
+
+def build(
+    bundle: Annotated[str, typer.Argument(help="name of a bundle of this device, or its folder")],
+    precision: Annotated[Literal["auto", "fp32", "fp16", "int8"] | None, typer.Option(help="[what device.yaml says]")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, max=64, help="tiles judged together [what line.yaml needs]")] = None,
+    config: ConfigOption = Path("device.yaml"),
+    again: Annotated[bool, typer.Option("--again", help="also where an engine is there already")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile a bundle for this device's GPU with TensorRT and compare it with ONNX Runtime; the daemon does so by itself."""
+    from edge_inspector import health  # noqa: PLC0415
+    from edge_inspector.bundles import open_bundle  # noqa: PLC0415
+    from edge_inspector.config import load_device, load_line  # noqa: PLC0415
+    from edge_inspector.daemon import batch_of, workshop_of  # noqa: PLC0415
+
+    device = load_device(config)
+    folder = Path(bundle) if Path(bundle).is_dir() else device.bundles / bundle
+    opened = open_bundle(folder, device.trust, clock_ok=health.clock().ok)
+    if batch is None:
+        line = load_line(device.line_file) if device.line_file.exists() else None
+        batch = batch_of(opened, line, "tensorrt") if line is not None else 1
+    with progress_bar() as shown:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(phase: str, step: int, steps: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = shown.add_task(phase, figures="")
+            shown.update(tasks[phase], completed=step, total=steps)
+
+        wanted = precision or device.config.engine.precision
+        _, record = workshop_of(device).engine(opened, wanted, batch, tell, again=again)
+    if as_json:
+        print_json(record.model_dump(mode="json", by_alias=True))
+        return
+    what = f"{record.bundle} release {record.release}, {record.precision}, batch {record.batch}"
+    out.print(f"{what}: built in {record.build_s} s "
+              f"on {record.gpu} (compute capability {record.compute_capability}), TensorRT {record.tensorrt}")  # fmt: skip
+    out.print(f"differs from ONNX Runtime by at most {record.parity['largest']:.2%} of the threshold on "
+              f"{record.parity['frames']:.0f} frames near it, {record.parity['flips']:.0f} verdicts flip")  # fmt: skip
 
 
 def watch(

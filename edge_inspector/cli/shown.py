@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from edge_inspector.errors import InspectorError
 from edge_inspector.results import Result, Verdict
@@ -26,6 +27,14 @@ RectangleOption = Annotated[
     tuple[int, int, int, int] | None, typer.Option(metavar="X Y W H", help="what the recipe judges of each picture, in px")
 ]
 BundleArgument = Annotated[Path, typer.Argument(help="folder of the bundle")]
+
+
+def progress_bar() -> Progress:
+    """Progress of long work, one line a stage, on stderr."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"),
+        TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=err,
+    )  # fmt: skip
 
 
 def complain(error: InspectorError) -> None:

@@ -27,7 +27,7 @@ from edge_inspector.bundles import Bundle
 from edge_inspector.errors import EngineError, EngineRefused, InspectorError
 from edge_inspector.results import Moment
 from edge_inspector.runtime import tensorrt
-from edge_inspector.runtime.cuda import Gpu, GpuFacts
+from edge_inspector.runtime.cuda import GpuFacts, gpu
 from edge_inspector.runtime.precision import Precision, chosen
 from edge_inspector.schema import Field, Model, TolerantModel, read_json, validate
 
@@ -111,7 +111,7 @@ class Workshop:
 
         `again`: build although one is there. Raises EngineError; EngineRefused where it does not judge as it should.
         """
-        wished = _wished(bundle, wanted, batch, Gpu().facts)
+        wished = _wished(bundle, wanted, batch, gpu().facts)
         place = self.folder / f"{wished.bundle}-{wished.precision}-b{batch}-{_key(wished)}"
         with self._alone():
             record = _record(place.with_suffix(".json"))

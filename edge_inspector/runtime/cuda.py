@@ -8,6 +8,7 @@ primary context, which TensorRT uses too. Processes are started, never forked: C
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -89,7 +90,7 @@ class Gpu:
         except ImportError as error:
             raise EngineError(
                 f"PyCUDA cannot be loaded: {error}",
-                hint="see the README, On a Jetson: how PyCUDA is built; doctor looks for it",
+                hint="it is built on the device: README, On a Jetson",
             ) from error
         try:
             cuda.init()
@@ -133,3 +134,12 @@ class Gpu:
     def stream(self) -> Stream:
         """A stream of one's own. Inside `with gpu:`."""
         return Stream(self._cuda)
+
+
+@cache
+def gpu() -> Gpu:
+    """The GPU of this process, for its whole life: a context that PyCUDA releases stays on the driver's stack of that thread.
+
+    Raises EngineError as Gpu does.
+    """
+    return Gpu()

@@ -73,6 +73,10 @@ class Engine(Protocol):
         """Judge what lies in the input buffers. Raises EngineError."""
         ...
 
+    def stages_ms(self) -> dict[str, float]:
+        """Judge once more and time the stages of it, where the engine has any."""
+        ...
+
 
 def judged_tiles(engine: Engine, plan: preprocess.Plan, image: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Scores [tiles] and anomaly maps [tiles, h, w] of a picture of any number of tiles, in batches of the engine's size."""

@@ -21,7 +21,7 @@ from edge_inspector.runtime.engine import TOLERANCE, Engine, judge_samples
 FRAMES, REACH = 200, 0.2
 _FADES, _NEAR = 8, 0.04
 """Strengths of a blot that are tried until the score is so near to what it should be, in thresholds; then another blot."""
-_TRIES = 5
+_TRIES = 20
 """Blots tried for each frame that is wanted."""
 _SEED = 1
 
@@ -55,11 +55,11 @@ def near_threshold(reference: Engine, tolerance: float, step: Callable[[int], No
     gives too few such scores.
     """
     rng, threshold = np.random.default_rng(_SEED), reference.bundle.manifest.threshold
-    tiles = list(_tiles(reference.bundle))
+    tiles = [tile for tile in _tiles(reference.bundle) if _score(reference, *tile) < threshold]
     images, valid, scores = [], [], []
-    for attempt in range(_TRIES * count):
+    for attempt in range(_TRIES * count if tiles else 0):
         image, inside = tiles[attempt % len(tiles)]
-        reference.valid[0] = inside
+        np.copyto(reference.valid[0], inside)
         target = 1 + rng.choice((-1, 1)) * rng.uniform(tolerance, REACH)
         found = _faded(reference, image, _blot(rng, image), target)
         if found is not None and tolerance < abs(found[1] / threshold - 1) < REACH:
@@ -86,14 +86,20 @@ def _tiles(bundle: Bundle) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8
         yield from zip(images, valid, strict=True)
 
 
+def _score(engine: Engine, image: NDArray[np.uint8], inside: NDArray[np.uint8]) -> float:
+    engine.images[0], engine.valid[0] = image, inside
+    return float(engine().score[0])
+
+
 def _blot(rng: np.random.Generator, image: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Colour [C] and strength [H, W, 1] of a round blot with a soft rim, anywhere."""
+    """Colour [C] and strength [H, W, 1] of a round blot with a soft rim, anywhere; every other one black or white."""
     height, width, channels = image.shape
     y, x = rng.uniform(0, height), rng.uniform(0, width)
     radius = rng.uniform(0.02, 0.15) * min(height, width) + 2
     rows, columns = np.ogrid[:height, :width]
     away = np.hypot(rows - y, columns - x) / radius
-    colour: NDArray[np.float32] = rng.integers(0, 256, size=(channels,)).astype(np.float32)
+    levels = rng.integers(0, 256, size=(channels,)) if rng.random() < 0.5 else np.full(channels, rng.choice((0, 255)))
+    colour: NDArray[np.float32] = levels.astype(np.float32)
     return colour, np.asarray(np.clip(2 - 2 * away, 0, 1), np.float32)[..., None]
 
 

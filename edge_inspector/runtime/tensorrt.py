@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edge_inspector.bundles import Bundle
 from edge_inspector.errors import EngineError, EngineLost
-from edge_inspector.runtime.cuda import Buffer, Gpu
+from edge_inspector.runtime.cuda import Buffer, gpu
 from edge_inspector.runtime.engine import Outputs
 from edge_inspector.runtime.precision import Precision
 
@@ -132,7 +132,7 @@ class TensorRtEngine:
     def __enter__(self) -> TensorRtEngine:
         """Load and warm the engine. Raises EngineError."""
         trt = load()
-        self._gpu, self._log, self._buffers = Gpu(), log_of(trt), dict[str, Buffer]()
+        self._gpu, self._log, self._buffers = gpu(), log_of(trt), dict[str, Buffer]()
         data = self._read()
         with ExitStack() as opened:
             opened.callback(self._close)
@@ -193,6 +193,26 @@ class TensorRtEngine:
         if not queued:
             raise self._error(f"TensorRT did not run it: {self._log.tail()}")
         return self._outputs
+
+    def stages_ms(self) -> dict[str, float]:
+        """By the GPU's own clock: copies to it, the network alone, copies back."""
+        stream = self._stream
+        with self._gpu:
+            began = stream.mark()
+            for buffer in self._uploads:
+                stream.upload(buffer)
+            uploaded = stream.mark()
+            self._context.execute_async_v3(stream.handle)
+            judged = stream.mark()
+            for buffer in self._downloads:
+                stream.download(buffer)
+            downloaded = stream.mark()
+            stream.wait()
+            return {
+                "upload": uploaded.time_since(began),
+                "network alone": judged.time_since(uploaded),
+                "download": downloaded.time_since(judged),
+            }
 
     def _error(self, what: str) -> EngineError:
         return EngineError(f"bundle {self.bundle.manifest.name}: {what}", hint="edge-inspector build compiles it again")

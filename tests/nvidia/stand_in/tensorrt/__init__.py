@@ -114,7 +114,7 @@ class ParserError(_Recorded):
 
 
 class OnnxParser(_Recorded):
-    def __init__(self, network: INetworkDefinition, logger: Any) -> None:  # noqa: ARG002
+    def __init__(self, network: INetworkDefinition, logger: Any) -> None:
         self._network = network
 
     def parse(self, graph: bytes) -> bool:
@@ -125,7 +125,7 @@ class OnnxParser(_Recorded):
     def num_errors(self) -> int:
         return 1
 
-    def get_error(self, number: int) -> ParserError:  # noqa: ARG002
+    def get_error(self, number: int) -> ParserError:
         return ParserError()
 
 
@@ -221,10 +221,11 @@ class IExecutionContext(_Recorded):
         return True
 
     def _array(self, told: Any) -> Any:
-        kind = np.dtype(np.uint8 if "uint8" in told.type else np.float32)
+        kind: np.dtype[Any] = np.dtype(np.uint8 if "uint8" in told.type else np.float32)
         shape = self._shapes[told.name]
         size = int(np.prod(shape)) * kind.itemsize
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(self._addresses[told.name]), kind).reshape(shape)
+        memory: Any = (ctypes.c_uint8 * size).from_address(self._addresses[told.name])
+        return np.frombuffer(memory, kind).reshape(shape)
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         assert stream_handle
@@ -268,6 +269,8 @@ class Runtime(_Recorded):
     def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
         told, graph = plan.split(b"\n", 1)
         if json.loads(told)["version"] != __version__:
-            self._logger.log(ILogger.Severity.ERROR, "stdVersionRead == serializationVersion failed.Version tag does not match.")
+            self._logger.log(
+                ILogger.Severity.ERROR, "stdVersionRead == serializationVersion failed.Version tag does not match."
+            )
             return None
         return ICudaEngine(graph)
