@@ -11,7 +11,7 @@ from edge_inspector import pictures
 from edge_inspector.bundles import Bundle, open_bundle
 from edge_inspector.errors import EngineError, EngineRefused
 from edge_inspector.runtime import OnnxEngine, parity
-from edge_inspector.runtime.engine import picture_score
+from edge_inspector.runtime.engine import TOLERANCE, picture_score
 from edge_inspector.runtime.precision import Precision, chosen, converted, halved
 from tests.line import ENGINES
 
@@ -39,7 +39,7 @@ class Other(OnnxEngine):
 
 def refused(bundle: Bundle, graph: bytes, precision: Precision = "fp16") -> parity.Parity:
     with OnnxEngine(bundle) as reference:
-        near = parity.near_threshold(reference, 0.01, untold, 60)
+        near = parity.near_threshold(reference, TOLERANCE[precision], untold, 60)
     with Other(bundle, graph, precision) as engine:
         return parity.refuse_unlike(engine, near)
 
