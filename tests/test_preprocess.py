@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -12,13 +13,15 @@ import pytest
 
 from edge_inspector import pictures, preprocess, scoring
 from edge_inspector.bundles import InputSpec, open_bundle
+from edge_inspector.config import EngineConfig
 from edge_inspector.errors import EngineError, PictureError
 from edge_inspector.frames import Frame, Pixels, frozen, utc_now
 from edge_inspector.inspector import Inspector
 from edge_inspector.recipes import CameraRecipe, Decision, Recipe, RoiRecipe
 from edge_inspector.results import Reason, Verdict
 from edge_inspector.roi import Rectangle, Roi
-from edge_inspector.runtime import OnnxEngine, judge_samples
+from edge_inspector.runtime import OnnxEngine, Workshop, judge_samples, opened, tensorrt
+from edge_inspector.runtime.cuda import gpu
 from tests.line import ENGINES
 
 RECORDING = ENGINES / "recording"
@@ -140,10 +143,19 @@ def test_alpha_is_dropped_and_sixteen_bits_are_kept() -> None:
 # --- the engine contract, for every implementation
 
 
-@pytest.mark.parametrize("kind", [OnnxEngine])
-def test_an_engine_keeps_its_buffers_and_judges_its_samples(kind: type[OnnxEngine]) -> None:
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
+def test_an_engine_keeps_its_buffers_and_judges_its_samples(
+    runtime: Literal["onnxruntime", "tensorrt"], tmp_path: Path
+) -> None:
     bundle = open_bundle(ENGINES / "paper", ENGINES / "trust")
-    with kind(bundle, batch=3) as engine:
+    if runtime == "tensorrt":  # on a GPU, and in tests/nvidia on stand-ins
+        try:
+            tensorrt.load()
+            gpu()
+        except EngineError as error:
+            pytest.skip(f"no GPU with TensorRT and PyCUDA: {error.message}")
+    with opened(bundle, EngineConfig(runtime=runtime), Workshop(tmp_path, ENGINES / "trust"), 3) as engine:
+        assert (engine.runtime, engine.batch, engine.instead) == (runtime, 3, "")
         first = engine()
         assert first.score.shape == (3,)
         assert first.map.shape[0] == 3

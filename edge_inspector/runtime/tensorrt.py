@@ -72,11 +72,11 @@ def _monitor_of(trt: Any, tell: Tell) -> Any:
             self.steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            tell(phase_name, step + 1, self.steps[phase_name])
+            tell(phase_name, step + 1, self.steps.get(phase_name, 0))
             return True
 
         def phase_finish(self, phase_name: str) -> None:
-            tell(phase_name, self.steps[phase_name], self.steps[phase_name])
+            tell(phase_name, self.steps.get(phase_name, 0), self.steps.get(phase_name, 0))
 
     return Monitor()
 
@@ -96,7 +96,7 @@ def compiled(trt: Any, graph: bytes, batch: int, tell: Tell, cache: bytes | None
     network = builder.create_network(_flags(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", "STRONGLY_TYPED"))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(graph):
-        said = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        said = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
         raise EngineError(f"TensorRT cannot read the graph: {said}", hint="its own words; doctor tells the version")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
@@ -105,7 +105,7 @@ def compiled(trt: Any, graph: bytes, batch: int, tell: Tell, cache: bytes | None
     if monitor is not None:
         config.progress_monitor = monitor
     if cache is not None:
-        config.set_timing_cache(config.create_timing_cache(cache), False)
+        config.set_timing_cache(config.create_timing_cache(cache) or config.create_timing_cache(b""), False)
     profile = builder.create_optimization_profile()
     for number in range(network.num_inputs):
         tensor = network.get_input(number)

@@ -55,3 +55,18 @@ def environment(driver: Path, **more: str) -> dict[str, str]:
     """For a process that finds the stand-in driver, and the stand-in TensorRT as `tensorrt`."""
     paths = [str(HERE / "stand_in"), str(HERE.parents[1])]
     return {**os.environ, "LD_LIBRARY_PATH": str(driver), "PYTHONPATH": os.pathsep.join(paths), **more}
+
+
+def stub_libraries(bindings: Path, folder: Path) -> Path:
+    """Compile what NVIDIA's bindings link to, with every function of it giving nothing: enough to import them."""
+    module = next(bindings.glob("tensorrt*/tensorrt.so"))
+    listed = subprocess.run(["readelf", "-d", str(module)], capture_output=True, text=True, check=True).stdout
+    wanted = [line.split("[")[1].rstrip("]") for line in listed.splitlines() if "[libnv" in line]
+    names = {name for prefix in ("create", "get", "init") for name in undefined(module, prefix)}
+    (folder / "stub.c").write_text("\n".join(f"void *{name}(void) {{ return 0; }}" for name in sorted(names)))
+    for name in wanted:
+        subprocess.run(
+            ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{name}", "-o", str(folder / name), str(folder / "stub.c")],
+            check=True,
+        )
+    return folder

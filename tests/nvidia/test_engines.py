@@ -68,6 +68,14 @@ def files(folder: Path, suffix: str) -> list[Path]:
     return sorted((folder / "state" / "engines").glob(f"*.{suffix}"))
 
 
+def test_the_contract_of_every_engine_holds_for_this_one(driver: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-rs", "tests/test_preprocess.py", "-k", "keeps_its_buffers"],
+        env=environment(driver), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert "2 passed" in done.stdout, done.stdout
+
+
 def test_an_engine_is_built_once_with_a_record_that_says_what_it_is(device: Path, driver: Path) -> None:
     first = built(driver, device)
     assert first.returncode == 0, first.stderr
