@@ -3,7 +3,8 @@
 # make lint   ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
-# TORCH= leaves training, and its tests, out.
+# TORCH= leaves training, and its tests, out. EDGE_INSPECTOR_NVIDIA=1 fetches and builds NVIDIA's parts, so that no test of
+# them is left out.
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 APT = command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]
@@ -12,7 +13,7 @@ APT = command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]
 demo: $(VENV)/.demo
 	$(BIN)/edge-inspector demo
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(if $(EDGE_INSPECTOR_NVIDIA),$(VENV)/.nvidia)
 	@command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || { $(APT) && apt-get update -qq && \
 	  apt-get install -y -qq mosquitto openssl >/dev/null; } || \
 	  echo "left out: tests with a real broker (apt install mosquitto openssl)"
@@ -36,6 +37,10 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/pip
 	  apt-get install -y -qq libgl1 libglib2.0-0 >/dev/null && $(BIN)/python -c 'import cv2'; } || { \
 	  echo "OpenCV's windows need libGL, which is not here: taking the headless variant"; \
 	  $(BIN)/pip uninstall -q -y opencv-python && $(BIN)/pip install -q opencv-python-headless; }
+	@touch $@
+
+$(VENV)/.nvidia: tests/nvidia/install.sh | $(VENV)/.test
+	tests/nvidia/install.sh $(BIN)/python
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo

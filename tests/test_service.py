@@ -67,6 +67,11 @@ def test_the_unit_is_one_that_systemd_accepts(tmp_path: Path) -> None:
     checked = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False)
     told = [line for line in checked.stderr.splitlines() if unit.name in line]
     assert told == []
+    drop_in = tmp_path / f"{UNIT.name}.d" / "jetson.conf"
+    drop_in.parent.mkdir()
+    drop_in.write_text((UNIT.parent / "jetson.conf").read_text())
+    checked = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False)
+    assert [line for line in checked.stderr.splitlines() if unit.name in line or "jetson.conf" in line] == []
     for option in ("Type=notify", "WatchdogSec=", "Restart=always", "ProtectSystem=strict"):
         assert option in UNIT.read_text()
 
