@@ -107,7 +107,7 @@ def test_evaluate_gives_rates_with_intervals(tmp_path: Path) -> None:
 def test_bench_doctor_schema_keygen_and_sign(tmp_path: Path) -> None:
     figures = json.loads(run("bench", PAPER, "--trust", TRUST, "--rounds", "10", "--json").stdout)
     assert figures["tiles"] == 1
-    assert figures["infer"]["p50_ms"] > 0
+    assert figures["runs"][0]["stages"]["infer"]["p50_ms"] > 0
     findings = {f["thing"]: f for f in json.loads(run("doctor", "--json").stdout)}
     assert findings["opencv-python"]["ok"]
     assert all(f["ok"] or f["hint"] for f in findings.values())

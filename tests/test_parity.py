@@ -10,6 +10,10 @@ import pytest
 from edge_inspector import pictures
 from edge_inspector.bundles import Bundle, open_bundle
 from edge_inspector.errors import EngineError, EngineRefused
+from edge_inspector.inspector import Inspector
+from edge_inspector.recipes import CameraRecipe, Recipe, RoiRecipe
+from edge_inspector.results import Reason, Verdict
+from edge_inspector.roi import Rectangle
 from edge_inspector.runtime import OnnxEngine, parity
 from edge_inspector.runtime.engine import TOLERANCE, picture_score
 from edge_inspector.runtime.precision import Precision, chosen, converted, halved
@@ -17,7 +21,8 @@ from tests.line import ENGINES
 
 pytest.importorskip("onnx", reason='onnx is not installed: pip install "edge-inspector[tensorrt]"')
 
-from tests.tiny import graph, tiny_bundle
+from tests.test_preprocess import frame
+from tests.tiny import SIDE, graph, picture, score_of, tiny_bundle
 
 
 def untold(done: int) -> None:
@@ -125,6 +130,31 @@ def test_layers_are_halved_and_distances_are_not() -> None:
     assert len(measures) > 10
     assert half not in measures
     assert full in measures
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 16])
+def test_regions_that_go_through_the_network_together_keep_their_own_scores(tmp_path: Path, batch: int) -> None:
+    """Two cameras, five regions each, one of them outside the frame: whatever the batch, each finding is its region's."""
+    bundle = tiny_bundle(tmp_path)
+    levels = {"left": (130, 240, 150, 160), "right": (140, 135, 10, 145)}
+    images = {name: np.hstack([picture(level) for level in of]) for name, of in levels.items()}
+    rois = {
+        f"r{n}": RoiRecipe(bundle="tiny", rectangle=Rectangle(x_px=SIDE * n, y_px=0, w_px=SIDE, h_px=SIDE)) for n in range(5)
+    }
+    recipe = Recipe(cameras={name: CameraRecipe(rois=rois) for name in levels})
+    with OnnxEngine(bundle, batch=batch) as engine:
+        inspector = Inspector(recipe, {"tiny": engine})
+        for _ in range(2):
+            found = inspector.inspect({name: [frame(image)] for name, image in images.items()})
+            assert found.verdict is Verdict.FAIL
+            assert [(f.camera, f.roi) for f in found.findings] == [(c, f"r{n}") for c in levels for n in range(5)]
+            wanted = [score_of(level) for of in levels.values() for level in of]
+            assert [f.score for f in found.findings if f.score is not None] == pytest.approx(wanted, abs=1e-3)
+            assert [f.reason for f in found.findings].count(Reason.WRONG_FORMAT) == 2
+            assert [(v.finding.camera, v.finding.roi, v.offset_px) for v in found.views] == [
+                ("left", "r1", (SIDE, 0)), ("right", "r2", (2 * SIDE, 0)),
+            ]  # fmt: skip
+            assert [region.peak for v in found.views for region in v.finding.regions] == pytest.approx([0.875, 0.922], abs=1e-3)
 
 
 def test_a_precision_that_a_bundle_cannot_have_is_refused() -> None:

@@ -93,6 +93,21 @@ def test_an_engine_is_built_once_with_a_record_that_says_what_it_is(device: Path
     assert json.loads(built(driver, device, "--again").stdout)["built_at"] != record["built_at"]
 
 
+def test_bench_tells_the_gpus_stages_beside_onnx_runtime(device: Path, driver: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_inspector.cli", "bench", str(device / "bundles" / "tiny"), "--config",
+         str(device / "device.yaml"), "--rounds", "10", "--json"],
+        env=environment(driver), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    gpu, cpu = json.loads(done.stdout)["runs"]
+    assert (gpu["runtime"], gpu["precision"], cpu["runtime"]) == ("tensorrt", "fp16", "onnxruntime")
+    assert list(gpu["stages"]) == [
+        "preprocess", "infer", "total", "infer: upload", "infer: network alone", "infer: download",
+    ]  # fmt: skip
+    assert list(cpu["stages"]) == ["preprocess", "infer", "total"]
+
+
 def why(device: Path, driver: Path, **more: str) -> str:
     """What the daemon's log would say of a build."""
     code = (
