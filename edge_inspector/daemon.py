@@ -77,14 +77,13 @@ def batch_of(bundle: Bundle, line: LineConfig, runtime: str) -> int:
 
 def workshop_of(device: Device) -> Workshop:
     """Where a device keeps its TensorRT engines."""
-    return Workshop(device.state / "engines", device.trust, device.config.engine.threads)
+    return Workshop(device.state / "engines", device.trust, device.config.engine.threads, health.clock().ok)
 
 
 def open_engine(device: Device, line: LineConfig, name: str, tell: Tell) -> AbstractContextManager[Engine]:
     """The engine of a bundle, verified, not entered yet. Raises BundleError."""
     bundle = open_bundle(device.bundles / name, device.trust, clock_ok=health.clock().ok)
-    config = device.config.engine
-    return opened(bundle, config, workshop_of(device), batch_of(bundle, line, config.runtime), tell)
+    return opened(bundle, device.config.engine, workshop_of(device), partial(batch_of, bundle, line), tell)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from typing import Protocol
 from edge_inspector.broker import verdict_of
 from edge_inspector.cameras import Camera, CameraState, Source
 from edge_inspector.config import StationConfig
-from edge_inspector.errors import CameraEnded, InspectorError, OutboxError
+from edge_inspector.errors import CameraEnded, EngineError, EngineLost, InspectorError, OutboxError
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import Frame, Trigger, utc_now
 from edge_inspector.inspector import Inspection, Inspector
@@ -40,6 +40,8 @@ LOST_TOLD = 64
 """Parts lost in one go of a free-running camera that get a result each."""
 _WAIT_S = 0.25
 _BUILDING_EVERY_S = 1.0
+_PARKED_S = 60.0
+"""The daemon has left long before."""
 
 
 class Voice(Protocol):
@@ -102,7 +104,7 @@ class Station:
         self._product = config.product
         self._state, self._why = "preoperational", "starting"
         self._halted = False
-        self._building_told_s = 0.0
+        self._building_told_s, self._is_building = 0.0, False
         self._carried: Frame | None = None
         self._tick: Callable[[], None] = lambda: None
         self._free_ids = count(1)
@@ -140,6 +142,9 @@ class Station:
         try:
             if self.config.trigger != "software":
                 self._finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, "this station runs free"))
+                return
+            if self._is_building:  # for minutes: longer than any trigger is worth something
+                self._finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, self._why))
                 return
             self._triggers.put_nowait(trigger)
         except queue.Full:
@@ -207,6 +212,8 @@ class Station:
             self.failure = error
         finally:
             engines.close()
+        if isinstance(self.failure, EngineLost):  # PyCUDA aborts the process when a thread ends whose context it could not pop
+            threading.Event().wait(_PARKED_S)
 
     def _prepare(self, stack: ExitStack) -> None:
         """Open and warm every engine and judge its samples; a bundle that fails leaves the station not ready."""
@@ -218,10 +225,14 @@ class Station:
                     engines[bundle] = stack.enter_context(self.setting.open_engine(bundle, partial(self._building, bundle)))
                     judge_samples(engines[bundle])
                 self._inspectors[recipe_id] = (Inspector(recipe, engines), recipe.reference(recipe_id))
+        except EngineLost:
+            raise
         except InspectorError as error:
             log.error("station %s is not ready: %s", self.name, error)
             self._become("error", error.message)
             return
+        finally:
+            self._is_building = False
         self.engines = {
             name: EngineState(runtime=engine.runtime, precision=engine.precision, instead=engine.instead)
             for name, engine in engines.items()
@@ -229,7 +240,10 @@ class Station:
         self._become("continuous_execution" if self.config.trigger == "free" else "ready")
 
     def _building(self, bundle: str, phase: str, step: int, steps: int) -> None:
-        """Tell how far the engine of a bundle is, once a second."""
+        """Tell how far the engine of a bundle is, once a second. Raises EngineError, which ends the build, when this ends."""
+        if self._closing.is_set():
+            raise EngineError("stopped while an engine was built", hint="the next start builds it")
+        self._is_building = True
         if time.monotonic() - self._building_told_s > _BUILDING_EVERY_S:
             self._building_told_s = time.monotonic()
             self._become("preoperational", f"building the engine of bundle {bundle}: {phase}, {step} of {steps}")

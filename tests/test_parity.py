@@ -15,7 +15,7 @@ from edge_inspector.recipes import CameraRecipe, Recipe, RoiRecipe
 from edge_inspector.results import Reason, Verdict
 from edge_inspector.roi import Rectangle
 from edge_inspector.runtime import OnnxEngine, parity
-from edge_inspector.runtime.engine import TOLERANCE, picture_score
+from edge_inspector.runtime.engine import picture_score
 from edge_inspector.runtime.precision import Precision, chosen, converted, halved
 from tests.line import ENGINES
 
@@ -44,7 +44,7 @@ class Other(OnnxEngine):
 
 def refused(bundle: Bundle, graph: bytes, precision: Precision = "fp16") -> parity.Parity:
     with OnnxEngine(bundle) as reference:
-        near = parity.near_threshold(reference, TOLERANCE[precision], untold, 60)
+        near = parity.near_threshold(reference, parity.MARGIN[precision], untold, 60)
     with Other(bundle, graph, precision) as engine:
         return parity.refuse_unlike(engine, near)
 
@@ -76,12 +76,25 @@ def test_one_weight_that_flips_one_sample_is_refused(tmp_path: Path) -> None:
         refused(bundle, graph(1.004))
 
 
-def test_a_difference_above_the_tolerance_is_refused_though_no_verdict_of_a_sample_changes(tmp_path: Path) -> None:
+def test_frames_are_refused_for_a_difference_and_for_a_flip_though_every_sample_passes(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path, levels=(130, 140))
-    assert refused(bundle, graph(1.008)).flips == 0
-    with pytest.raises(EngineRefused, match=r"differs from ONNX Runtime by [12]\.\d+% of the threshold"):
+    assert refused(bundle, graph(1.0005)).flips == 0
+    with pytest.raises(EngineRefused, match=r"by 0\.9\d% of the threshold, .* \(at most 1%\), [1-9]\d* of 60 verdicts flip"):
+        refused(bundle, graph(1.008))
+    with pytest.raises(EngineRefused, match=r"by [12]\.\d+% of the threshold"):
         refused(bundle, graph(1.016))
-    assert refused(bundle, graph(1.016), "int8").largest > 0.01
+    assert refused(bundle, graph(1.005), "int8").largest > 0.004
+
+
+def test_a_map_that_shows_the_defect_elsewhere_is_refused(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path)
+    with OnnxEngine(bundle) as reference:
+        near = parity.near_threshold(reference, 0.01, untold, 20)
+    with Other(bundle, graph()) as engine:
+        assert parity.refuse_unlike(engine, near).largest_map < 0.002
+        moved = parity.Near(near.images, near.valid, near.scores, near.maps[:, ::-1])
+        with pytest.raises(EngineRefused, match=r"scores differ .* by 0\.\d+% .*, maps by [1-9]\d+\.\d+%"):
+            parity.refuse_unlike(engine, moved)
 
 
 def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
@@ -89,14 +102,14 @@ def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     with OnnxEngine(bundle) as reference:
         near = parity.near_threshold(reference, 0.01, untold, 20)
     with Other(bundle, graph()) as engine:
-        lost = parity.Near(near.images, near.valid, np.full_like(near.scores, np.nan))
+        lost = parity.Near(near.images, near.valid, np.full_like(near.scores, np.nan), near.maps)
         with pytest.raises(EngineRefused, match="nan% of the threshold"):
             parity.refuse_unlike(engine, lost)
 
 
 def test_a_network_that_no_blot_moves_cannot_be_compared_and_says_so(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path, threshold=5.0, levels=(140,))
-    with OnnxEngine(bundle) as reference, pytest.raises(EngineError, match="0 of 10 frames near its threshold"):
+    with OnnxEngine(bundle) as reference, pytest.raises(EngineRefused, match="0 of 10 frames near its threshold"):
         parity.near_threshold(reference, 0.01, untold, 10)
 
 

@@ -154,7 +154,7 @@ def test_an_engine_keeps_its_buffers_and_judges_its_samples(
             gpu()
         except EngineError as error:
             pytest.skip(f"no GPU with TensorRT and PyCUDA: {error.message}")
-    with opened(bundle, EngineConfig(runtime=runtime), Workshop(tmp_path, ENGINES / "trust"), 3) as engine:
+    with opened(bundle, EngineConfig(runtime=runtime), Workshop(tmp_path, ENGINES / "trust"), lambda _: 3) as engine:
         assert (engine.runtime, engine.batch, engine.instead) == (runtime, 3, "")
         first = engine()
         assert first.score.shape == (3,)

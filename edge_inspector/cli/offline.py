@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,7 @@ from edge_inspector.cli.shown import (
     err,
     one_line,
     out,
+    phases,
     print_json,
     progress_bar,
 )  # fmt: skip
@@ -318,15 +320,15 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Latency of a bundle on this machine: percentiles per stage, on the bundle's own samples."""
-    from edge_inspector import pictures, preprocess  # noqa: PLC0415
+    from edge_inspector import health, pictures, preprocess  # noqa: PLC0415
     from edge_inspector.bundles import open_bundle  # noqa: PLC0415
-    from edge_inspector.config import load_device  # noqa: PLC0415
-    from edge_inspector.daemon import workshop_of  # noqa: PLC0415
+    from edge_inspector.config import load_device, load_line  # noqa: PLC0415
+    from edge_inspector.daemon import batch_of, workshop_of  # noqa: PLC0415
     from edge_inspector.roi import Roi  # noqa: PLC0415
     from edge_inspector.runtime import OnnxEngine, opened  # noqa: PLC0415
 
     device = load_device(config) if config else None
-    found = open_bundle(bundle, device.trust if device else trust)
+    found = open_bundle(bundle, device.trust if device else trust, clock_ok=health.clock().ok)
     manifest = found.manifest
     image = pictures.read(found.folder / manifest.samples[0].file)
     height, width = image.shape[:2]
@@ -334,7 +336,15 @@ def bench(
     tiles = len(plan.tiles)
     runs: list[dict[str, Any]] = []
     if device is not None and device.config.engine.runtime != "onnxruntime":
-        with opened(found, device.config.engine, workshop_of(device), tiles) as engine:
+        line = load_line(device.line_file) if device.line_file.exists() else None
+
+        def batch_for(runtime: str) -> int:
+            return max(tiles, batch_of(found, line, runtime) if line is not None else 1)
+
+        with ExitStack() as stack:
+            with progress_bar() as shown:  # empty, where an engine is there already
+                tell = phases(shown)
+                engine = stack.enter_context(opened(found, device.config.engine, workshop_of(device), batch_for, tell))
             runs.append(_measured(engine, plan, image, rounds))
     with OnnxEngine(found, batch=tiles, threads=threads) as reference:
         runs.append(_measured(reference, plan, image, rounds))
@@ -344,7 +354,11 @@ def bench(
     table = Table("engine", "stage", "median ms", "p95 ms", "p99 ms", box=None)
     for run in runs:
         for stage, figure in run["stages"].items():
-            table.add_row(f"{run['runtime']} {run['precision']}", stage, *(f"{value:.2f}" for value in figure.values()))
+            table.add_row(
+                f"{run['runtime']} {run['precision']}, batch {run['batch']}",
+                stage,
+                *(f"{value:.2f}" for value in figure.values()),
+            )
     out.print(f"{manifest.name}, {tiles} tile(s), {rounds} rounds, {threads} thread(s) for ONNX Runtime on the CPU")
     out.print(table)
 
@@ -366,7 +380,7 @@ def _measured(engine: Engine, plan: Plan, image: Pixels, rounds: int) -> dict[st
     figures = {
         stage: {f"p{p}_ms": round(float(np.percentile(times, p)), 3) for p in (50, 95, 99)} for stage, times in stages.items()
     }
-    return {"runtime": engine.runtime, "precision": engine.precision, "stages": figures}
+    return {"runtime": engine.runtime, "precision": engine.precision, "batch": engine.batch, "stages": figures}
 
 
 def generate(

@@ -13,10 +13,19 @@ from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
-from rich.progress import TaskID
 from rich.table import Table
 
-from edge_inspector.cli.shown import ConfigOption, JsonOption, err, one_line, out, print_json, progress_bar, start_logging
+from edge_inspector.cli.shown import (
+    ConfigOption,
+    JsonOption,
+    err,
+    one_line,
+    out,
+    phases,
+    print_json,
+    progress_bar,
+    start_logging,
+)
 from edge_inspector.errors import InspectorError
 
 
@@ -151,28 +160,24 @@ def build(
     from edge_inspector.bundles import open_bundle  # noqa: PLC0415
     from edge_inspector.config import load_device, load_line  # noqa: PLC0415
     from edge_inspector.daemon import batch_of, workshop_of  # noqa: PLC0415
+    from edge_inspector.frames import utc_now  # noqa: PLC0415
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # why it is built
     device = load_device(config)
     folder = Path(bundle) if Path(bundle).is_dir() else device.bundles / bundle
     opened = open_bundle(folder, device.trust, clock_ok=health.clock().ok)
     if batch is None:
         line = load_line(device.line_file) if device.line_file.exists() else None
         batch = batch_of(opened, line, "tensorrt") if line is not None else 1
+    wanted, began = precision or device.config.engine.precision, utc_now()
     with progress_bar() as shown:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(phase: str, step: int, steps: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = shown.add_task(phase, figures="")
-            shown.update(tasks[phase], completed=step, total=steps)
-
-        wanted = precision or device.config.engine.precision
-        _, record = workshop_of(device).engine(opened, wanted, batch, tell, again=again)
+        _, record = workshop_of(device).engine(opened, wanted, batch, phases(shown), again=again)
     if as_json:
         print_json(record.model_dump(mode="json", by_alias=True))
         return
     what = f"{record.bundle} release {record.release}, {record.precision}, batch {record.batch}"
-    out.print(f"{what}: built in {record.build_s} s "
+    is_new = record.built_at is not None and record.built_at >= began
+    out.print(f"{what}: {'built' if is_new else 'there already, built once'} in {record.build_s} s "
               f"on {record.gpu} (compute capability {record.compute_capability}), TensorRT {record.tensorrt}")  # fmt: skip
     out.print(f"differs from ONNX Runtime by at most {record.parity['largest']:.2%} of the threshold on "
               f"{record.parity['frames']:.0f} frames near it, {record.parity['flips']:.0f} verdicts flip")  # fmt: skip

@@ -6,12 +6,13 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from edge_inspector.errors import InspectorError
 from edge_inspector.results import Result, Verdict
@@ -35,6 +36,18 @@ def progress_bar() -> Progress:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"),
         TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=err,
     )  # fmt: skip
+
+
+def phases(shown: Progress) -> Callable[[str, int, int], None]:
+    """Tells phases of a build as lines of a progress bar."""
+    tasks: dict[str, TaskID] = {}
+
+    def tell(phase: str, step: int, steps: int) -> None:
+        if phase not in tasks:
+            tasks[phase] = shown.add_task(phase, figures="")
+        shown.update(tasks[phase], completed=step, total=steps)
+
+    return tell
 
 
 def complain(error: InspectorError) -> None:

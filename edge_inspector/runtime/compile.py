@@ -17,14 +17,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edge_inspector.bundles import open_bundle
+from edge_inspector.bundles import Bundle, open_bundle
 from edge_inspector.errors import BundleDamaged, EngineRefused, InspectorError
 from edge_inspector.frames import utc_now
 from edge_inspector.runtime import parity, precision, tensorrt
-from edge_inspector.runtime.build import Order
-from edge_inspector.runtime.engine import TOLERANCE
+from edge_inspector.runtime.build import EngineRecord, Order, Tell
 from edge_inspector.runtime.onnx import OnnxEngine
 from edge_inspector.schema import read_json, validate
+
+_CACHE_BYTES = 64 << 20
+"""A timing cache that has grown beyond is begun anew."""
 
 
 def main() -> None:
@@ -33,10 +35,16 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     os.nice(10)  # parts are judged meanwhile
     Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out this process goes first
+    voice = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever libraries print is no message of ours
+
+    def say(**what: Any) -> None:
+        voice.write(json.dumps(what) + "\n")
+
     try:
-        _make(order)
+        _make(order, lambda phase, step, steps: say(phase=phase, step=step, steps=steps))
     except InspectorError as error:
-        _say(error=error.message, hint=error.hint)
+        say(error=error.message, hint=error.hint)
         sys.exit(1)
 
 
@@ -46,50 +54,42 @@ def _end_with_parent() -> None:
     os._exit(3)
 
 
-def _say(**what: Any) -> None:
-    sys.stdout.write(json.dumps(what) + "\n")
-    sys.stdout.flush()
-
-
-def _tell(phase: str, step: int, steps: int) -> None:
-    _say(phase=phase, step=step, steps=steps)
-
-
-def _make(order: Order) -> None:
-    record, bundle = order.record, open_bundle(Path(order.bundle), Path(order.trust))
+def _make(order: Order, tell: Tell) -> None:
+    """Compile, compare, record. A refusal is recorded, so that it is not tried again for nothing; a fault on the way is not."""
+    record = order.record
+    bundle = open_bundle(Path(order.bundle), Path(order.trust), clock_ok=order.clock_ok)
+    if bundle.sha256 != record.bundle_sha256:
+        raise BundleDamaged(f"{bundle.folder}: changed while it was about to be compiled")
     place = Path(order.place)
-    graph = bundle.network.read_bytes()
-    if hashlib.sha256(graph).hexdigest() != record.network_sha256:
-        raise BundleDamaged(f"{bundle.network}: changed while it was about to be compiled")
+    engine, told = place.with_suffix(".engine"), place.with_suffix(".json")
+    try:
+        with OnnxEngine(bundle, threads=order.threads) as reference:
+            near = parity.near_threshold(
+                reference, parity.MARGIN[record.precision], lambda done: tell("frames near the threshold", done, parity.FRAMES)
+            )
+        record = _compiled(bundle, record, engine, Path(order.timing_cache), tell)
+        with tensorrt.TensorRtEngine(bundle, engine, record.engine_sha256, record.precision, batch=record.batch) as candidate:
+            record = record.model_copy(update={"parity": asdict(parity.refuse_unlike(candidate, near))})
+    except EngineRefused as refused:
+        record = record.model_copy(update={"refused": refused.message, "built_at": utc_now()})
+        engine.unlink(missing_ok=True)
+    _write(told, record.model_dump_json(by_alias=True, indent=1).encode())
+
+
+def _compiled(bundle: Bundle, record: EngineRecord, engine: Path, cache: Path, tell: Tell) -> EngineRecord:
     began = time.monotonic()
-    cache = Path(order.timing_cache)
-    plan, kept = tensorrt.compiled(
-        tensorrt.load(), precision.converted(graph, record.precision), record.batch, _tell,
-        cache.read_bytes() if cache.exists() else b"",
-    )  # fmt: skip
-    _write(cache, kept)
-    _write(place.with_suffix(".engine"), plan)
-    record = record.model_copy(
+    timings = cache.read_bytes() if cache.exists() and cache.stat().st_size < _CACHE_BYTES else b""
+    graph = precision.converted(bundle.network.read_bytes(), record.precision)
+    plan, timings = tensorrt.compiled(tensorrt.load(), graph, record.batch, tell, timings)
+    _write(cache, timings)
+    _write(engine, plan)
+    return record.model_copy(
         update={
             "build_s": round(time.monotonic() - began, 1),
             "built_at": utc_now(),
             "engine_sha256": hashlib.sha256(plan).hexdigest(),
         }
     )
-    tolerance = TOLERANCE[record.precision]
-    with OnnxEngine(bundle, threads=order.threads) as reference:
-        near = parity.near_threshold(
-            reference, tolerance, step=lambda done: _tell("frames near the threshold", done, parity.FRAMES)
-        )
-    try:
-        with tensorrt.TensorRtEngine(
-            bundle, place.with_suffix(".engine"), record.engine_sha256, record.precision, batch=record.batch
-        ) as engine:
-            record = record.model_copy(update={"parity": asdict(parity.refuse_unlike(engine, near))})
-    except EngineRefused as refused:
-        record = record.model_copy(update={"refused": refused.message})
-        place.with_suffix(".engine").unlink()
-    _write(place.with_suffix(".json"), record.model_dump_json(by_alias=True, indent=1).encode())
 
 
 def _write(path: Path, data: bytes) -> None:

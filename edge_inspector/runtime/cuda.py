@@ -30,6 +30,7 @@ class GpuFacts:
     """Shares its memory with the CPU, as on a Jetson."""
     cuda: str
     """The newest CUDA version that the driver speaks."""
+    multiprocessors: int
 
 
 class Buffer:
@@ -100,6 +101,7 @@ class Gpu:
             self.facts = GpuFacts(
                 device.name(), ".".join(map(str, device.compute_capability())), device.total_memory() >> 20,
                 bool(device.get_attribute(attribute.INTEGRATED)), f"{version // 1000}.{version % 1000 // 10}",
+                device.get_attribute(attribute.MULTIPROCESSOR_COUNT),
             )  # fmt: skip
             self._context = device.retain_primary_context()
         except cuda.Error as error:
@@ -107,10 +109,16 @@ class Gpu:
                 f"the GPU cannot be used: {error}", hint="does nvidia-smi (Jetson: tegrastats) see it?"
             ) from error
         self._cuda = cuda
+        self._kept: list[object] = []
+        self.lost = False
+        """It has failed: only a new process may get it back."""
 
     def __enter__(self) -> Gpu:
-        """Push the context. What CUDA raises inside becomes EngineError (memory) or EngineLost (all else)."""
-        self._context.push()
+        """Push the context. What CUDA raises here and inside becomes EngineError (memory) or EngineLost (all else)."""
+        try:
+            self._context.push()
+        except self._cuda.Error as error:
+            raise self._lost(error) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -118,11 +126,19 @@ class Gpu:
         try:
             self._cuda.Context.pop()
         except self._cuda.Error as popped:
-            error = error or popped
+            raise self._lost(popped) from error
         if isinstance(error, self._cuda.MemoryError):
             raise EngineError(f"the GPU has no memory left: {error}", hint="fewer tiles, cameras or bundles at once") from error
         if isinstance(error, self._cuda.Error):
-            raise EngineLost(f"the GPU failed: {error}", hint="a new process gets it back, if anything does") from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> EngineLost:
+        self.lost = True
+        return EngineLost(f"the GPU failed: {error}", hint="a new process gets it back, if anything does")
+
+    def keep(self, thing: object) -> None:
+        """Hold something until the process ends: freeing it would ask a GPU that has failed."""
+        self._kept.append(thing)
 
     def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
         """Zeroed memory for one input or output. Inside `with gpu:`."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edge_inspector import pictures, preprocess, scoring
 from edge_inspector.bundles import Bundle
-from edge_inspector.errors import EngineError
+from edge_inspector.errors import EngineRefused
 from edge_inspector.frames import Pixels
 from edge_inspector.roi import Roi
 from edge_inspector.runtime.precision import Precision
@@ -99,14 +99,14 @@ def picture_score(engine: Engine, image: Pixels) -> float:
 
 
 def judge_samples(engine: Engine) -> list[float]:
-    """Judge every sample of the bundle; returns the scores. Raises EngineError at a flip or a score too far off."""
+    """Judge every sample of the bundle; returns the scores. Raises EngineRefused at a flip or a score too far off."""
     manifest = engine.bundle.manifest
     scores = []
     for sample in manifest.samples:
         score = picture_score(engine, pictures.read(engine.bundle.folder / sample.file))
         verdict, _ = scoring.judge(score, manifest.threshold)
         if verdict is not sample.verdict or not abs(score - sample.score) <= TOLERANCE[engine.precision] * manifest.threshold:
-            raise EngineError(
+            raise EngineRefused(
                 f"bundle {manifest.name}: {sample.file} scores {score:.4g} ({verdict.value}),"
                 f" expected {sample.score:.4g} ({sample.verdict.value})",
                 hint="the network does not compute here what it did when trained; build or roll out the bundle again",

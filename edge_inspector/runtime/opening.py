@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from edge_inspector.bundles import Bundle
 from edge_inspector.config import EngineConfig
-from edge_inspector.errors import EngineError
+from edge_inspector.errors import EngineError, EngineLost
 from edge_inspector.runtime.build import Tell, Workshop, untold
 from edge_inspector.runtime.engine import Engine
 from edge_inspector.runtime.onnx import OnnxEngine
@@ -17,21 +17,26 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def opened(bundle: Bundle, config: EngineConfig, workshop: Workshop, batch: int, tell: Tell = untold) -> Iterator[Engine]:
+def opened(
+    bundle: Bundle, config: EngineConfig, workshop: Workshop, batch_for: Callable[[str], int], tell: Tell = untold
+) -> Iterator[Engine]:
     """An engine, open and warm; with TensorRT it is built first where none fits, which takes minutes.
 
-    Raises EngineError. ONNX Runtime stands in for TensorRT only where the configuration says so.
+    `batch_for`: runtime -> tiles judged together. Raises EngineError; EngineLost, which nothing stands in for, when the GPU
+    has failed for this process. ONNX Runtime stands in for TensorRT only where the configuration says so.
     """
     with ExitStack() as stack:
         engine: Engine
         if config.runtime == "onnxruntime":
-            engine = stack.enter_context(OnnxEngine(bundle, batch=batch, threads=config.threads))
+            engine = stack.enter_context(OnnxEngine(bundle, batch=batch_for("onnxruntime"), threads=config.threads))
         else:
             try:
-                engine = stack.enter_context(workshop.engine(bundle, config.precision, batch, tell)[0])
+                engine = stack.enter_context(workshop.engine(bundle, config.precision, batch_for("tensorrt"), tell)[0])
             except EngineError as error:
-                if not config.fallback:
+                if isinstance(error, EngineLost) or not config.fallback:
                     raise
                 log.warning("bundle %s runs on the CPU: %s", bundle.manifest.name, error)
-                engine = stack.enter_context(OnnxEngine(bundle, batch=batch, threads=config.threads, instead=error.message))
+                engine = stack.enter_context(
+                    OnnxEngine(bundle, batch=batch_for("onnxruntime"), threads=config.threads, instead=error.message)
+                )
         yield engine

@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 
 from edge_inspector import pictures, preprocess, scoring
 from edge_inspector.bundles import Bundle
-from edge_inspector.errors import EngineError, EngineRefused
+from edge_inspector.errors import EngineRefused
 from edge_inspector.roi import Roi
-from edge_inspector.runtime.engine import TOLERANCE, Engine, judge_samples
+from edge_inspector.runtime.engine import TOLERANCE, Engine, Outputs, judge_samples
+from edge_inspector.runtime.precision import Precision
 
 FRAMES, REACH = 200, 0.2
+MARGIN: dict[Precision, float] = {"fp32": 0.001, "fp16": 0.001, "int8": 0.01}
+"""How near to the threshold frames may score, in thresholds: about what rounding does to a sound engine."""
 _FADES, _NEAR = 8, 0.04
 """Strengths of a blot that are tried until the score is so near to what it should be, in thresholds; then another blot."""
 _TRIES = 20
@@ -36,6 +39,8 @@ class Near:
     """[N, H, W]"""
     scores: NDArray[np.float32]
     """[N]"""
+    maps: NDArray[np.float32]
+    """[N, h, w]"""
 
 
 @dataclass(frozen=True)
@@ -45,31 +50,34 @@ class Parity:
     frames: int
     largest: float
     """|difference of score| / threshold."""
+    largest_map: float
+    """|difference of a place of the anomaly map| / threshold."""
     flips: int
 
 
-def near_threshold(reference: Engine, tolerance: float, step: Callable[[int], None], count: int = FRAMES) -> Near:
-    """Make `count` frames whose scores lie within 20 % of the threshold, but not within the tolerance.
+def near_threshold(reference: Engine, margin: float, step: Callable[[int], None], count: int = FRAMES) -> Near:
+    """Make `count` frames whose scores lie within 20 % of the threshold, but not nearer than `margin`, both in thresholds.
 
-    Nearer than the tolerance a flip would say nothing. `reference` has a batch of one. Raises EngineError where the network
-    gives too few such scores.
+    Still nearer a flip would say nothing. `reference` has a batch of one. Raises EngineRefused where the network gives too few
+    such scores.
     """
     rng, threshold = np.random.default_rng(_SEED), reference.bundle.manifest.threshold
     tiles = [tile for tile in _tiles(reference.bundle) if _score(reference, *tile) < threshold]
-    images, valid, scores = [], [], []
+    images, valid, scores, maps = [], [], [], []
     for attempt in range(_TRIES * count if tiles else 0):
         image, inside = tiles[attempt % len(tiles)]
         np.copyto(reference.valid[0], inside)
-        target = 1 + rng.choice((-1, 1)) * rng.uniform(tolerance, REACH)
+        target = 1 + rng.choice((-1, 1)) * rng.uniform(margin, REACH)
         found = _faded(reference, image, _blot(rng, image), target)
-        if found is not None and tolerance < abs(found[1] / threshold - 1) < REACH:
+        if found is not None and margin < abs(found[1] / threshold - 1) < REACH:
             images.append(found[0])
+            maps.append(found[2])
             valid.append(inside)
             scores.append(found[1])
             step(len(scores))
         if len(scores) == count:
-            return Near(np.stack(images), np.stack(valid), np.array(scores, np.float32))
-    raise EngineError(
+            return Near(np.stack(images), np.stack(valid), np.array(scores, np.float32), np.stack(maps))
+    raise EngineRefused(
         f"bundle {reference.bundle.manifest.name}: {len(scores)} of {count} frames near its threshold could be made",
         hint="a blot on its samples hardly moves its score; it cannot be compared where it matters",
     )
@@ -105,15 +113,18 @@ def _blot(rng: np.random.Generator, image: NDArray[np.uint8]) -> tuple[NDArray[n
 
 def _faded(
     reference: Engine, image: NDArray[np.uint8], blot: tuple[NDArray[np.float32], NDArray[np.float32]], target: float
-) -> tuple[NDArray[np.uint8], float] | None:
-    """The image with so much of the blot that it scores near `target` thresholds, and its score; None where nothing does."""
+) -> tuple[NDArray[np.uint8], float, NDArray[np.float32]] | None:
+    """The image with so much of the blot that it scores near `target` thresholds, score and map; None where nothing does."""
     colour, shape = blot
     threshold = reference.bundle.manifest.threshold
 
-    def scored(strength: float) -> float:
+    def judged(strength: float) -> Outputs:
         mixed = image + strength * shape * (colour - image)
         np.copyto(reference.images[0], np.round(mixed), casting="unsafe")
-        return float(reference().score[0]) / threshold
+        return reference()
+
+    def scored(strength: float) -> float:
+        return float(judged(strength).score[0]) / threshold
 
     low, below = 0.0, scored(0.0)
     high, above = 1.0, scored(1.0)
@@ -123,9 +134,10 @@ def _faded(
         # By the slope between the two ends, but never so near to one that the other hardly moves.
         share = min(max((target - below) / (above - below), 0.2), 0.8)
         middle = low + share * (high - low)
-        score = scored(middle)
+        outputs = judged(middle)
+        score = float(outputs.score[0]) / threshold
         if abs(score - target) < _NEAR:
-            return reference.images[0].copy(), score * threshold
+            return reference.images[0].copy(), score * threshold, outputs.map[0].copy()
         if score < target:
             low, below = middle, score
         else:
@@ -135,18 +147,19 @@ def _faded(
 
 def compared(engine: Engine, near: Near) -> Parity:
     """Judge the same frames; refuses nothing."""
-    scores = np.empty_like(near.scores)
+    scores, maps = np.empty_like(near.scores), np.empty_like(near.maps)
     for start in range(0, len(scores), engine.batch):
         n = len(scores[start : start + engine.batch])
         engine.images[:n], engine.valid[:n] = near.images[start : start + n], near.valid[start : start + n]
-        scores[start : start + n] = engine().score[:n]
+        outputs = engine()
+        scores[start : start + n], maps[start : start + n] = outputs.score[:n], outputs.map[:n]
     threshold = engine.bundle.manifest.threshold
     flips = sum(
         scoring.judge(float(a), threshold)[0] is not scoring.judge(float(b), threshold)[0]
         for a, b in zip(near.scores, scores, strict=True)
     )
-    off = np.abs(scores - near.scores) / threshold
-    return Parity(len(scores), float(off.max()), flips)
+    off, off_maps = (np.abs(a - b).max() / threshold for a, b in ((scores, near.scores), (maps, near.maps)))
+    return Parity(len(scores), float(off), float(off_maps), flips)
 
 
 def refuse_unlike(engine: Engine, near: Near) -> Parity:
@@ -155,13 +168,13 @@ def refuse_unlike(engine: Engine, near: Near) -> Parity:
     hint = "another precision may do: edge-inspector build --precision fp32"
     try:
         judge_samples(engine)
-    except EngineError as error:
+    except EngineRefused as error:
         raise EngineRefused(f"{name}: {error.message}", hint=hint) from error
     parity = compared(engine, near)
-    if parity.flips or not parity.largest <= tolerance:  # not a number is refused too
+    if parity.flips or not max(parity.largest, parity.largest_map) <= tolerance:  # not a number is refused too
         raise EngineRefused(
-            f"{name}: differs from ONNX Runtime by {parity.largest:.2%} of the threshold (at most {tolerance:.0%}),"
-            f" {parity.flips} of {parity.frames} verdicts flip",
+            f"{name}: scores differ from ONNX Runtime's by {parity.largest:.2%} of the threshold, maps by"
+            f" {parity.largest_map:.2%} (at most {tolerance:.0%}), {parity.flips} of {parity.frames} verdicts flip",
             hint=hint,
         )
     return parity

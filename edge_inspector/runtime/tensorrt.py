@@ -222,7 +222,10 @@ class TensorRtEngine:
         self._close()
 
     def _close(self) -> None:
-        with suppress(EngineLost), self._gpu:  # a GPU that has failed takes nothing back
+        if self._gpu.lost:
+            self._gpu.keep((self._context, self._engine, self._runtime, self._stream, self._buffers))
+            return
+        with suppress(EngineLost), self._gpu:  # it may fail just now
             self._context = self._engine = self._runtime = self._stream = None
             for buffer in self._buffers.values():
                 buffer.free()

@@ -14,7 +14,7 @@ import numpy as np
 from edge_inspector import pictures
 from edge_inspector.bundles import open_bundle
 from edge_inspector.runtime import OnnxEngine, parity
-from edge_inspector.runtime.engine import TOLERANCE, picture_score
+from edge_inspector.runtime.engine import picture_score
 from edge_inspector.runtime.precision import chosen, converted
 
 
@@ -31,12 +31,13 @@ def main() -> None:
     paths = sorted(p for p in given.folder.rglob("*") if p.suffix.lower() in pictures.SUFFIXES)
     with OnnxEngine(bundle) as full, OnnxEngine(bundle, graph=converted(graph, precision)) as other:
         scores = np.array([[picture_score(engine, pictures.read(path)) for engine in (full, other)] for path in paths])
-        near = parity.near_threshold(full, TOLERANCE[precision], lambda done: None)
+        near = parity.near_threshold(full, parity.MARGIN[precision], lambda done: None)
         found = parity.compared(other, near)
     off = np.abs(scores[:, 1] - scores[:, 0]) / threshold
     flips = int(((scores > threshold)[:, 0] != (scores > threshold)[:, 1]).sum())
     print(f"{bundle.manifest.name}, {precision}: {len(paths)} pictures, largest difference {off.max():.3%} of the threshold,"
-          f" {flips} verdicts flip; {found.frames} frames near it: {found.largest:.3%}, {found.flips} flip")  # fmt: skip
+          f" {flips} verdicts flip; {found.frames} frames near it: {found.largest:.3%},"
+          f" maps {found.largest_map:.3%}, {found.flips} flip")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -46,8 +46,14 @@ Result cuDeviceGetAttribute(int *value, int attribute, int device) {
 
 Result cuDevicePrimaryCtxRetain(void **context, int device) { *context = &primary; return initialised ? DONE : NOT_INITIALISED; }
 Result cuDevicePrimaryCtxRelease_v2(int device) { return DONE; }
-Result cuCtxPushCurrent_v2(void *context) { contexts[depth++] = context; counts[PUSHES]++; return DONE; }
+Result cuCtxPushCurrent_v2(void *context) {
+  if (lost) return ILLEGAL_ADDRESS;
+  contexts[depth++] = context;
+  counts[PUSHES]++;
+  return DONE;
+}
 Result cuCtxPopCurrent_v2(void **context) {
+  if (lost) return ILLEGAL_ADDRESS; /* the worst that a driver could do: PyCUDA then keeps the context on its own stack */
   if (!depth) return NO_CONTEXT;
   void *popped = contexts[--depth];
   if (context) *context = popped;

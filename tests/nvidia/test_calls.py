@@ -122,6 +122,7 @@ def test_an_engine_is_opened_in_one_thread_and_used_in_another_while_the_old_one
         """, folder)  # fmt: skip
     assert found["alive"] is False
     assert found["parts"][1] == 50
+    assert found["parts"][0] > 0, "parts were judged while the new engine was opened"
     assert found["depths"] == [0, 0]
 
 

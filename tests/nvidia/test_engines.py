@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tests.nvidia.parts import environment
 
 pytest.importorskip("onnx", reason='onnx is not installed: pip install "edge-inspector[tensorrt]"')
 
-from edge_inspector import pictures
+from edge_inspector import bundles, pictures
 from tests.tiny import picture, tiny_bundle
 
 ENGINE = "engine: {runtime: tensorrt}\n"
@@ -151,6 +152,14 @@ def test_an_engine_that_judges_otherwise_is_refused_once_and_not_built_again(dev
     assert built(driver, device, "--again").returncode == 0
 
 
+def test_a_new_release_of_the_same_network_is_compared_anew(device: Path, driver: Path) -> None:
+    assert "there is none yet" in why(device, driver)
+    changed = bundles.open_bundle(device / "bundles" / "tiny", device / "trust").manifest.model_copy(update={"release": 2})
+    bundles.write_manifest(device / "bundles" / "tiny", changed)
+    bundles.sign(device / "bundles" / "tiny", bundles.read_private_key(device.parent / "made" / "keys" / "signing.key"))
+    assert "changed since the last one: the bundle (" in why(device, driver)
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -182,6 +191,43 @@ def test_a_build_that_takes_too_much_is_ended(device: Path, driver: Path, fault:
     assert words in done.stdout
 
 
+def test_a_fault_on_the_way_is_no_refusal(device: Path, driver: Path, tmp_path: Path) -> None:
+    dropped = built(driver, device, STAND_IN_FAULT="dropped")
+    assert "TensorRT did not run it" in dropped.stderr
+    (tmp_path / "lost").touch()
+    lost = built(driver, device, FAKE_CUDA_LOST=str(tmp_path / "lost"))
+    assert "the GPU failed" in lost.stderr
+    assert files(device, "json") == []
+    assert built(driver, device, STAND_IN_FAULT="chatty").returncode == 0
+
+
+def test_a_bundle_that_cannot_be_compared_is_refused_once(device: Path, driver: Path) -> None:
+    other = tiny_bundle(device / "other", threshold=5.0, levels=(140,))
+    shutil.rmtree(device / "bundles" / "tiny")
+    shutil.copytree(other.folder, device / "bundles" / "tiny")
+    shutil.rmtree(device / "trust")
+    shutil.copytree(device / "other" / "trust", device / "trust")
+    first = built(driver, device)
+    assert "0 of 200 frames near its threshold could be made" in first.stderr
+    assert "building" in first.stderr
+    again = built(driver, device)
+    assert again.returncode == 2
+    assert "building" not in again.stderr
+
+
+def test_the_folder_holds_what_is_used_and_belongs_to_who_uses_it(device: Path, driver: Path) -> None:
+    engines = device / "state" / "engines"
+    engines.mkdir(parents=True)
+    for name in ("old.engine", "old.json.part", "timing-0.cache"):
+        (engines / name).write_bytes(b"x")
+    if os.geteuid() == 0:
+        os.chown(device / "state", 65534, 65534)
+    assert built(driver, device).returncode == 0
+    assert {path.suffix for path in engines.iterdir()} == {"", ".engine", ".json", ".cache"}
+    assert len(list(engines.iterdir())) == 4
+    assert {path.stat().st_uid for path in [engines, *engines.iterdir()]} == {(device / "state").stat().st_uid}
+
+
 # --- the daemon
 
 
@@ -204,7 +250,7 @@ def test_cameras_of_a_part_are_judged_together_and_a_lost_gpu_costs_one_part(
         with DaemonProcess(line, daemon_environment) as daemon:
             until(lambda: any(m["ready"] for m in listener.of("ready", "sheet")), 60, "station ready")
             told = [m["reason"] for m in listener.of("ready", "sheet")]
-            assert any("building the engine of bundle tiny" in reason for reason in told) or "starting" in told
+            assert any("building the engine of bundle tiny" in reason for reason in told)
             until(lambda: any(m["engines"] for m in listener.of("state")), what="engines told")
             assert listener.of("state")[-1]["engines"] == {"tiny": {"runtime": "tensorrt", "precision": "fp16", "instead": ""}}
             for number in range(3):
@@ -244,3 +290,34 @@ def test_the_cpu_stands_in_only_where_the_configuration_says_so_and_it_is_told(
             assert told["runtime"] == "onnxruntime"
             assert "TensorRT built no engine" in told["instead"]
             until(lambda: any("engine_fallback" in str(m["reasons"]) for m in listener.of("health")), 20, "health")
+
+
+def test_a_station_answers_while_its_engine_is_built_and_stops_at_once(
+    line: Path, mosquitto: Mosquitto, daemon_environment: dict[str, str]
+) -> None:
+    with (
+        listening(mosquitto.port) as listener,
+        subscribing(mosquitto.port) as subscriber,
+        DaemonProcess(line, {**daemon_environment, "STAND_IN_FAULT": "hang"}) as daemon,
+    ):
+        until(lambda: any("building the engine" in m["reason"] for m in listener.of("ready", "sheet")), 60, "building")
+        listener.say({"trigger_id": "T-0"}, "trigger", "sheet")
+        told = collected(subscriber, 1)[0]
+        assert (told.verdict, told.reason) == (Verdict.UNDECIDED, Reason.NOT_READY)
+        assert "building the engine of bundle tiny" in told.detail
+        assert daemon.stop() == 0
+
+
+def test_a_gpu_that_is_lost_while_an_engine_is_opened_ends_the_daemon(
+    line: Path, daemon_environment: dict[str, str], driver: Path
+) -> None:
+    assert built(driver, line).returncode == 0
+    settings = (line / "device.yaml").read_text().replace("runtime: tensorrt", "runtime: tensorrt, fallback: true")
+    (line / "device.yaml").write_text(settings)
+    Path(daemon_environment["FAKE_CUDA_LOST"]).touch()
+    with DaemonProcess(line, daemon_environment) as daemon:
+        process = daemon.process
+        assert process is not None
+        assert process.wait(30) == 2, daemon.log
+        assert "the GPU failed: " in daemon.log
+        assert "runs on the CPU" not in daemon.log

@@ -2,7 +2,7 @@
 
 With the stand-in driver, whose device memory is host memory, the whole path runs and gives true scores. It shows which calls are
 made, and in which order; how NVIDIA's library behaves it cannot show. `CALLS` collects every member that was used.
-STAND_IN_VERSION, STAND_IN_FAULT (crash, hang, hog, off, refuse; idle: nothing is computed) change it.
+STAND_IN_VERSION, STAND_IN_FAULT (crash, hang, hog, chatty, dropped, off, refuse; idle: nothing is computed) change it.
 """
 
 from __future__ import annotations
@@ -197,7 +197,12 @@ def _hog() -> None:
     time.sleep(60)
 
 
-_FAULTS: dict[str, Callable[[], Any]] = {"crash": os.abort, "hang": lambda: time.sleep(60), "hog": _hog}
+_FAULTS: dict[str, Callable[[], Any]] = {
+    "chatty": lambda: os.write(1, b"a word from a library\n"),
+    "crash": os.abort,
+    "hang": lambda: time.sleep(60),
+    "hog": _hog,
+}
 
 
 class IExecutionContext(_Recorded):
@@ -229,8 +234,8 @@ class IExecutionContext(_Recorded):
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         assert stream_handle
-        if _FAULT == "idle":
-            return True
+        if _FAULT in ("idle", "dropped"):
+            return _FAULT == "idle"
         given = {told.name: self._array(told) for told in self._session.get_inputs()}
         outputs = self._session.get_outputs()
         for told, value in zip(outputs, self._session.run([told.name for told in outputs], given), strict=True):
