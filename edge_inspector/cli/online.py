@@ -176,8 +176,8 @@ def build(
         print_json(record.model_dump(mode="json", by_alias=True))
         return
     what = f"{record.bundle} release {record.release}, {record.precision}, batch {record.batch}"
-    is_new = record.built_at is not None and record.built_at >= began
-    out.print(f"{what}: {'built' if is_new else 'there already, built once'} in {record.build_s} s "
+    at = record.built_at or began
+    out.print(f"{what}: {'built' if at >= began else f'there already, built {at:%Y-%m-%d %H:%M} UTC'} in {record.build_s} s "
               f"on {record.gpu} (compute capability {record.compute_capability}), TensorRT {record.tensorrt}")  # fmt: skip
     out.print(f"differs from ONNX Runtime by at most {record.parity['largest']:.2%} of the threshold on "
               f"{record.parity['frames']:.0f} frames near it, {record.parity['flips']:.0f} verdicts flip")  # fmt: skip

@@ -44,6 +44,8 @@ def phases(shown: Progress) -> Callable[[str, int, int], None]:
 
     def tell(phase: str, step: int, steps: int) -> None:
         if phase not in tasks:
+            for task in shown.tasks:  # one phase ends where the next begins
+                shown.update(task.id, completed=task.total)
             tasks[phase] = shown.add_task(phase, figures="")
         shown.update(tasks[phase], completed=step, total=steps)
 

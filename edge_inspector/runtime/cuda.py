@@ -91,7 +91,7 @@ class Gpu:
         except ImportError as error:
             raise EngineError(
                 f"PyCUDA cannot be loaded: {error}",
-                hint="it is built on the device: README, On a Jetson",
+                hint="is NVIDIA's driver there? PyCUDA is built on the device: README, On a Jetson",
             ) from error
         try:
             cuda.init()
