@@ -102,10 +102,10 @@ def _cameras(device: Device, line: LineConfig, bundles: dict[str, Bundle]) -> It
                 info = source.open()
                 frame = source.read(_FIRST_FRAME_S)
                 if frame is None:
-                    raise CameraError(f"{camera.uri}: opened, but gave no frame in {_FIRST_FRAME_S:g} s")
+                    raise CameraError(f"{camera.name}: opened, but gave no frame in {_FIRST_FRAME_S:g} s")
                 if frame.fault:
-                    raise CameraError(f"{camera.uri}: first frame: {frame.fault_detail}")
-                yield Finding(thing, True, f"{camera.uri}: {info}")
+                    raise CameraError(f"{camera.name}: first frame: {frame.fault_detail}")
+                yield Finding(thing, True, f"{camera.name}: {info}")
             except InspectorError as error:
                 yield _faulty(thing, error)
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import field_validator
 
@@ -96,6 +96,12 @@ class CameraConfig(Model):
     height: int | None = Field(None, ge=16, le=16384)
     fps: float | None = Field(None, gt=0, le=10_000)
     guards: Guards = Guards()
+
+    @property
+    def name(self) -> str:
+        """The address for messages, which are published: without user and password."""
+        parts = urlsplit(self.uri)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else self.uri
 
     @field_validator("uri")
     @classmethod

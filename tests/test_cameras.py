@@ -214,16 +214,30 @@ def test_nothing_is_left_behind_after_closing() -> None:
 
 
 class _Mjpeg(http.server.BaseHTTPRequestHandler):
+    """Sends a stream as the path says; every third picture of `truncated` ends in its middle."""
+
     def do_GET(self) -> None:
+        path = self.path.strip("/")
+        if path == "guarded" and self.headers.get("Authorization") != "Basic dXNlcjpwQHNz":  # user:p@ss
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="camera"')
+            self.end_headers()
+            return
         self.send_response(200)
-        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        self.send_header("Content-Type", "text/html" if path == "page" else "multipart/x-mixed-replace; boundary=frame")
         self.end_headers()
-        data = pictures.encoded(draw_part(np.random.default_rng(0), 96, 128, False), ".jpg")
+        whole = pictures.encoded(draw_part(np.random.default_rng(0), 96, 128, False), ".jpg")
         try:
-            while True:
-                head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
-                self.wfile.write(head.encode() + data + b"\r\n")
-                time.sleep(0.04)
+            for n in range(1, 1000):
+                data = whole[: len(whole) // 2] if path == "truncated" and n % 3 == 0 else whole
+                told = "" if path == "unsized" else f"Content-Length: {len(data)}\r\n"
+                self.wfile.write(f"--frame\r\nContent-Type: image/jpeg\r\n{told}\r\n".encode() + data + b"\r\n")
+                time.sleep(0.02)
+                if path == "dying" and n % 10 == 0:
+                    self.wfile.write(f"--frame\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data[:100])
+                    return
+                if path == "silent" and n == 5:
+                    time.sleep(3)
         except OSError:
             return
 
@@ -241,9 +255,45 @@ def mjpeg_port() -> Iterator[int]:
     server.server_close()
 
 
-def test_an_http_camera_delivers_through_opencv(mjpeg_port: int) -> None:
-    with camera(f"http://127.0.0.1:{mjpeg_port}/video.mjpg", timeout_ms=3000) as source:
+@pytest.mark.parametrize("path", ["sized", "unsized"])
+def test_an_http_camera_delivers_every_picture_whole(mjpeg_port: int, path: str) -> None:
+    with camera(f"http://127.0.0.1:{mjpeg_port}/{path}", timeout_ms=3000) as source:
         frames = taken(source, 10, 30)
         assert source.info is not None
         assert (source.info.width, source.info.height) == (128, 96)
-    assert frames[-1].image.shape == (96, 128, 3)
+    whole = pictures.decode(pictures.encoded(draw_part(np.random.default_rng(0), 96, 128, False), ".jpg"), "x")
+    assert all(np.array_equal(frame.image, whole) for frame in frames)
+
+
+def test_a_truncated_picture_of_an_http_camera_is_a_broken_frame_and_never_a_concealed_one(mjpeg_port: int) -> None:
+    with camera(f"http://127.0.0.1:{mjpeg_port}/truncated", timeout_ms=3000) as source:
+        frames = taken(source, 12, 30)
+    assert [frame.fault for frame in frames].count("corrupt_image") == 4
+    assert {frame.fault_detail for frame in frames if frame.fault} == {"picture: truncated"}
+
+
+@pytest.mark.parametrize(("path", "words"), [("dying", "it ended inside a picture"), ("silent", "silent for 500 ms")])
+def test_an_http_stream_that_stops_is_told_and_opened_again(mjpeg_port: int, path: str, words: str) -> None:
+    with camera(f"http://127.0.0.1:{mjpeg_port}/{path}", timeout_ms=500) as source:
+        faults = set()
+
+        def again() -> bool:
+            source.next(0.05)
+            faults.add(source.fault)
+            return any(words in fault for fault in faults)
+
+        until(again, 20, words)
+        assert taken(source, 3, 20)
+
+
+def test_what_is_no_stream_of_jpegs_is_refused_and_passwords_are_not_told(mjpeg_port: int) -> None:
+    def told(place: str) -> str:
+        with camera(place) as source:
+            return str(until(lambda: source.fault, 15, "fault"))
+
+    assert "sends text/html, no stream of JPEGs" in told(f"http://127.0.0.1:{mjpeg_port}/page")
+    refused = told(f"http://user:secret@127.0.0.1:{mjpeg_port}/guarded")
+    assert "cannot be opened: 401" in refused
+    assert "secret" not in refused
+    with camera(f"http://user:p%40ss@127.0.0.1:{mjpeg_port}/guarded") as source:
+        assert taken(source, 2)

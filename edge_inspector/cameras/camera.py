@@ -161,7 +161,7 @@ class Camera:
                 self._become(CameraState.FAULT, error.message)
             except Exception as error:  # root of a thread: a driver's surprise is a fault of this camera only
                 log.exception("camera %s", self.name)
-                self._become(CameraState.FAULT, f"{self.config.uri}: {error}")
+                self._become(CameraState.FAULT, f"{self.config.name}: {error}")
             finally:
                 source.close()
             if self.state is CameraState.ENDED:
@@ -195,7 +195,7 @@ class Camera:
                     self._wanted = 0
                 self._deliver(frame, guard, info)
             elif (silence := time.monotonic() - silent_since) > self.config.timeout_ms / 1000:
-                raise CameraError(f"{self.config.uri}: silent for {silence:.1f} s", hint="cable, power, or a busy network")
+                raise CameraError(f"{self.config.name}: silent for {silence:.1f} s", hint="cable, power, or a busy network")
 
     def _asked(self, source: Source) -> bool:
         """Wait for a trigger and pass it on; False when none came in a while."""

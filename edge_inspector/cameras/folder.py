@@ -71,9 +71,9 @@ class FolderSource:
             self._paths = pictures.listed(address.path(self.base))
             first = next((image for image in map(_readable, self._paths) if image is not None), None)
         except PictureError as error:
-            raise CameraError(f"{self.config.uri}: {error.message}", hint=error.hint) from error
+            raise CameraError(f"{self.config.name}: {error.message}", hint=error.hint) from error
         if first is None:
-            raise CameraError(f"{self.config.uri}: none of its pictures can be read")
+            raise CameraError(f"{self.config.name}: none of its pictures can be read")
         info = info_of(first, fps)
         check_format(self.config, info)
         return info
@@ -82,7 +82,7 @@ class FolderSource:
         """The next picture. Raises CameraEnded after the last, unless loop=1."""
         if self._at >= len(self._paths):
             if not self._loop:
-                raise CameraEnded(f"{self.config.uri}: no more pictures")
+                raise CameraEnded(f"{self.config.name}: no more pictures")
             self._at = 0
         if not self._pace.wait(timeout_s):
             return None
@@ -126,11 +126,11 @@ class VideoSource:
         fps = address.number("fps", 0)
         self._pace = Pace(fps)
         if not self._path.is_file():
-            raise CameraError(f"{self.config.uri}: no such file", hint="file:// plays a video, dir:// a folder of pictures")
+            raise CameraError(f"{self.config.name}: no such file", hint="file:// plays a video, dir:// a folder of pictures")
         self._capture = cv2.VideoCapture(str(self._path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
         done, first = self._capture.read()
         if not done:
-            raise CameraError(f"{self.config.uri}: not a video that OpenCV can read")
+            raise CameraError(f"{self.config.name}: not a video that OpenCV can read")
         self._capture.set(cv2.CAP_PROP_POS_FRAMES, 0)
         info = info_of(first, fps)
         check_format(self.config, info)
@@ -145,7 +145,7 @@ class VideoSource:
             self._capture.set(cv2.CAP_PROP_POS_FRAMES, 0)
             done, image = self._capture.read()
         if not done:
-            raise CameraEnded(f"{self.config.uri}: no more frames")
+            raise CameraEnded(f"{self.config.name}: no more frames")
         self._seq += 1
         name = f"{self._path.stem}-{self._seq:06d}"
         return Frame(frozen(image), self._seq - 1, time.monotonic(), utc_now(), source_id=name)

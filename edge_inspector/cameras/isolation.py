@@ -82,7 +82,7 @@ class IsolatedSource:
         wait_s = _OPEN_MARGIN_S + self.config.timeout_ms / 1000
         message = self._received(wait_s)
         if message is None:
-            raise CameraError(f"{self.config.uri}: did not open within {wait_s:g} s", hint="does it answer otherwise?")
+            raise CameraError(f"{self.config.name}: did not open within {wait_s:g} s", hint="does it answer otherwise?")
         return replace(Info(**message["info"]), pulled=False, triggerable=False)  # a child runs free
 
     def read(self, timeout_s: float) -> Frame | None:
@@ -104,7 +104,7 @@ class IsolatedSource:
         data, ancillary, _, _ = self._socket.recvmsg(_MESSAGE, socket.CMSG_SPACE(4))
         if not data:
             code = self._child.poll() if self._child else None
-            raise CameraError(f"{self.config.uri}: the camera process ended ({code})", hint="the driver may have crashed")
+            raise CameraError(f"{self.config.name}: the camera process ended ({code})", hint="the driver may have crashed")
         message: dict[str, Any] = json.loads(data)
         if "error" in message:
             kind = CameraEnded if message["ended"] else CameraError
@@ -122,7 +122,7 @@ class IsolatedSource:
             image = np.zeros((0, 0), np.uint8)
         else:
             if self._ring is None:
-                raise CameraError(f"{self.config.uri}: a frame came before its memory")
+                raise CameraError(f"{self.config.name}: a frame came before its memory")
             slot = self._ring.slot(told["slot"])[: told["bytes"]]
             image = slot.copy().view(told["dtype"]).reshape(told["shape"])
             if int(self._ring.generations[told["slot"]]) != told["generation"]:
@@ -135,7 +135,7 @@ class IsolatedSource:
 
     def trigger(self) -> None:
         """A child runs free; Camera takes the first frame after the trigger."""
-        raise CameraError(f"{self.config.uri}: cannot be triggered")
+        raise CameraError(f"{self.config.name}: cannot be triggered")
 
     def close(self) -> None:
         """Kill the child. One that is stuck in the kernel is not waited for."""

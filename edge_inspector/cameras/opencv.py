@@ -1,4 +1,4 @@
-"""Live cameras through OpenCV: `v4l2:///dev/video0`, `rtsp://`, `http://`. Run in a child process: their calls can hang."""
+"""Live cameras through OpenCV: `v4l2:///dev/video0`, `rtsp://`. Run in a child process: their calls can hang."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OpencvSource:
             hint = "check address, user and password of the stream"
         self._capture = capture
         if not capture.isOpened():
-            raise CameraError(f"{config.uri}: cannot be opened", hint=hint)
+            raise CameraError(f"{config.name}: cannot be opened", hint=hint)
         for setting, value in (
             (cv2.CAP_PROP_FRAME_WIDTH, config.width),
             (cv2.CAP_PROP_FRAME_HEIGHT, config.height),
@@ -54,23 +54,23 @@ class OpencvSource:
         capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
         done, first = capture.read()
         if not done or first is None or not first.size:
-            raise CameraError(f"{config.uri}: opened, but gives no frame", hint=hint)
+            raise CameraError(f"{config.name}: opened, but gives no frame", hint=hint)
         fps = capture.get(cv2.CAP_PROP_FPS)
         info = Info(first.shape[1], first.shape[0], 1 if first.ndim == 2 else 3, first.dtype.itemsize * 8, fps or None)
         check_format(config, info)
         if config.fps is not None and abs(fps - config.fps) > _STEP * config.fps:
-            raise CameraError(f"{config.uri}: {fps:g} frames/s, the configuration sets {config.fps:g}")
+            raise CameraError(f"{config.name}: {fps:g} frames/s, the configuration sets {config.fps:g}")
         return info
 
     def read(self, timeout_s: float) -> Frame | None:
         """The next frame; a read that took as long as its timeout returned an old one and counts as none."""
         if self._capture is None:
-            raise CameraError(f"{self.config.uri}: not open")
+            raise CameraError(f"{self.config.name}: not open")
         began = time.monotonic()
         done, image = self._capture.read()
         now = time.monotonic()
         if not done:
-            raise CameraError(f"{self.config.uri}: no frame", hint="unplugged, or the stream ended")
+            raise CameraError(f"{self.config.name}: no frame", hint="unplugged, or the stream ended")
         if now - began >= min(timeout_s, self.config.timeout_ms / 1000):
             return None
         self._seq += 1
@@ -78,7 +78,7 @@ class OpencvSource:
 
     def trigger(self) -> None:
         """These cameras run free."""
-        raise CameraError(f"{self.config.uri}: cannot be triggered")
+        raise CameraError(f"{self.config.name}: cannot be triggered")
 
     def close(self) -> None:
         """Let go of the device."""

@@ -91,6 +91,6 @@ def check_format(config: CameraConfig, info: Info) -> None:
     for name, wanted, found in (("width", config.width, info.width), ("height", config.height, info.height)):
         if wanted is not None and wanted != found:
             raise CameraError(
-                f"{config.uri}: {name} {found}, the configuration sets {wanted}",
+                f"{config.name}: {name} {found}, the configuration sets {wanted}",
                 hint="set a size that the camera offers, or none",
             )

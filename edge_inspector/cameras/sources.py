@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edge_inspector.cameras.folder import FolderSource, VideoSource
 from edge_inspector.cameras.isolation import IsolatedSource
+from edge_inspector.cameras.mjpeg import MjpegSource
 from edge_inspector.cameras.opencv import OpencvSource
 from edge_inspector.cameras.source import Address, Source
 from edge_inspector.cameras.synthetic import LETHAL, SyntheticSource
@@ -17,11 +18,13 @@ _KINDS: dict[str, Callable[[CameraConfig, Path], Source]] = {
     "file": VideoSource,
     "synthetic": SyntheticSource,
 }
+_NETWORK: dict[str, Callable[[CameraConfig, Path], Source]] = {"http": MjpegSource, "https": MjpegSource}
+"""These can hang."""
 
 
 def direct_source(config: CameraConfig, base: Path) -> Source:
     """The source of a URI, in this process."""
-    return _KINDS.get(Address.of(config.uri).scheme, OpencvSource)(config, base)
+    return (_KINDS | _NETWORK).get(Address.of(config.uri).scheme, OpencvSource)(config, base)
 
 
 def open_source(config: CameraConfig, base: Path) -> Source:

@@ -64,9 +64,9 @@ class SyntheticSource:
         self._count, self._defect_rate = address.number("count", float("inf")), address.number("defect_rate", 0.2)
         self._fault, self._after = address.options.get("fault", ""), int(address.number("after", 0))
         if self._fault and self._fault not in FAULTS:
-            raise CameraError(f"{self.config.uri}: unknown fault {self._fault!r}", hint=f"allowed: {', '.join(FAULTS)}")
+            raise CameraError(f"{self.config.name}: unknown fault {self._fault!r}", hint=f"allowed: {', '.join(FAULTS)}")
         if min(self._size) < 16 or self._depth not in (8, 16):
-            raise CameraError(f"{self.config.uri}: width and height are at least 16, depth is 8 or 16")
+            raise CameraError(f"{self.config.name}: width and height are at least 16, depth is 8 or 16")
         fps = address.number("fps", 0)
         self._pace = Pace(fps)
         self._seed = int(address.number("seed", 0))
@@ -85,7 +85,7 @@ class SyntheticSource:
     def read(self, timeout_s: float) -> Frame | None:
         """Draw the next part. Raises CameraEnded after `count`, CameraError as the fault demands."""
         if self._seq >= self._count:
-            raise CameraEnded(f"{self.config.uri}: no more parts")
+            raise CameraEnded(f"{self.config.name}: no more parts")
         if not self._pace.wait(timeout_s):
             return None
         number = self._seq
@@ -109,7 +109,7 @@ class SyntheticSource:
             time.sleep(timeout_s)
             return None
         if self._fault == "unplug":
-            raise CameraError(f"{self.config.uri}: unplugged")
+            raise CameraError(f"{self.config.name}: unplugged")
         if self._fault == "hang":
             threading.Event().wait()
         if self._fault == "crash":

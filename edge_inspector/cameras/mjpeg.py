@@ -1,0 +1,136 @@
+"""Network cameras that send JPEGs over HTTP: `http://`, `https://`. Each picture is decoded strictly.
+
+FFmpeg conceals what is missing of a truncated picture and delivers it as a whole one; here such a picture is a broken frame,
+whose part is undecided. Format: multipart/x-mixed-replace (RFC 2046, 5.1); Content-Length is used where a camera sends it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import time
+import urllib.error
+import urllib.request
+from email.message import Message
+from pathlib import Path
+from typing import cast
+from urllib.parse import unquote, urlsplit
+
+from edge_inspector import pictures
+from edge_inspector.cameras.folder import broken_frame
+from edge_inspector.cameras.source import Info, check_format
+from edge_inspector.config import CameraConfig
+from edge_inspector.errors import CameraError, PictureError
+from edge_inspector.frames import Frame, frozen, utc_now
+
+MAX_BYTES = 64 << 20
+"""Of one picture."""
+_MAX_LINE = 65536
+_HINT = "is it the address of the camera's MJPEG stream? open it in a browser"
+
+
+class MjpegSource:
+    """Source protocol for a stream of JPEGs. Run in a child process, as every camera of a network is."""
+
+    def __init__(self, config: CameraConfig, _base: Path) -> None:
+        self.config = config
+        self._response: http.client.HTTPResponse | None = None
+        self._boundary = b""
+        self._carried = b""
+        """A boundary that ended a picture of unknown length."""
+        self._seq = 0
+
+    def open(self) -> Info:
+        """Connect and take the first picture. Raises CameraError."""
+        timeout_s = self.config.timeout_ms / 1000
+        try:
+            found = _opener(self.config).open(self.config.name, timeout=timeout_s)
+            self._response = cast("http.client.HTTPResponse", found)
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+            reason = f"{error.code} {error.reason}" if isinstance(error, urllib.error.HTTPError) else str(error)
+            raise CameraError(f"{self.config.name}: cannot be opened: {reason}", hint=_HINT) from error
+        kind = self._response.headers
+        boundary = kind.get_param("boundary")
+        if kind.get_content_type() != "multipart/x-mixed-replace" or not isinstance(boundary, str):
+            raise CameraError(f"{self.config.name}: sends {kind.get_content_type()}, no stream of JPEGs", hint=_HINT)
+        self._boundary = b"--" + boundary.removeprefix("--").encode()
+        first = self.read(timeout_s)
+        if first is None or first.fault:
+            detail = first.fault_detail if first else "no picture in time"
+            raise CameraError(f"{self.config.name}: opened, but its first picture is not whole: {detail}", hint=_HINT)
+        height, width = first.image.shape[:2]
+        info = Info(width, height, 1 if first.image.ndim == 2 else 3, 8)
+        check_format(self.config, info)
+        return info
+
+    def read(self, timeout_s: float) -> Frame | None:  # noqa: ARG002 - the socket has the camera's own timeout
+        """The next picture; one that is not whole is a broken frame. Raises CameraError when the stream stops."""
+        try:
+            data = self._part()
+        except TimeoutError as error:
+            raise CameraError(
+                f"{self.config.name}: silent for {self.config.timeout_ms} ms", hint="is it still powered?"
+            ) from error
+        except (http.client.HTTPException, OSError, ValueError) as error:
+            raise CameraError(f"{self.config.name}: the stream broke: {error}", hint="did the camera restart?") from error
+        seq, self._seq = self._seq, self._seq + 1
+        try:
+            if data[:2] != b"\xff\xd8":
+                raise PictureError("not a JPEG")
+            return Frame(frozen(pictures.decode(data, "picture")), seq, time.monotonic(), utc_now())
+        except PictureError as error:
+            return broken_frame(seq, "", error.message)
+
+    def _part(self) -> bytes:
+        """Bytes of the next part. Raises ValueError where the stream is none, OSError where it ends."""
+        response = self._response
+        if response is None:
+            raise OSError("not open")
+        while not self._line(response).startswith(self._boundary):
+            pass
+        headers: Message = http.client.parse_headers(response)
+        length = headers.get("Content-Length", "").strip()
+        if length:
+            if not length.isdigit() or int(length) > MAX_BYTES:
+                raise ValueError(f"a picture of {length[:20]} bytes")
+            data = response.read(int(length))
+            if len(data) < int(length):
+                raise OSError("it ended inside a picture")
+            return data
+        collected: list[bytes] = []
+        size = 0
+        while True:  # the boundary tells the end; it stays unread for the next picture where it can
+            line = self._line(response)
+            if line.startswith(self._boundary):
+                self._carried = line
+                return b"".join(collected).removesuffix(b"\n").removesuffix(b"\r")
+            collected.append(line)
+            size += len(line)
+            if size > MAX_BYTES:
+                raise ValueError(f"a picture of more than {MAX_BYTES} bytes")
+
+    def _line(self, response: http.client.HTTPResponse) -> bytes:
+        line, self._carried = self._carried or response.readline(_MAX_LINE), b""
+        if not line:
+            raise OSError("it ended")
+        return line
+
+    def trigger(self) -> None:
+        """These cameras run free."""
+        raise CameraError(f"{self.config.name}: cannot be triggered")
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._response is not None:
+            self._response.close()
+            self._response = None
+
+
+def _opener(config: CameraConfig) -> urllib.request.OpenerDirector:
+    """Opens addresses without proxies, with the user and password of the camera's address where it has them."""
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    parts = urlsplit(config.uri)
+    if parts.username is not None:
+        known = urllib.request.HTTPPasswordMgrWithDefaultRealm()
+        known.add_password(None, config.name, unquote(parts.username), unquote(parts.password or ""))
+        handlers += [urllib.request.HTTPBasicAuthHandler(known), urllib.request.HTTPDigestAuthHandler(known)]
+    return urllib.request.build_opener(*handlers)
