@@ -22,7 +22,7 @@ from typing import Protocol
 from edge_inspector.broker import verdict_of
 from edge_inspector.cameras import Camera, CameraState, Source
 from edge_inspector.config import StationConfig
-from edge_inspector.errors import CameraEnded, EngineError, EngineLost, InspectorError, OutboxError
+from edge_inspector.errors import CameraEnded, EngineLost, InspectorError, OutboxError
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import Frame, Trigger, utc_now
 from edge_inspector.inspector import Inspection, Inspector
@@ -240,9 +240,9 @@ class Station:
         self._become("continuous_execution" if self.config.trigger == "free" else "ready")
 
     def _building(self, bundle: str, phase: str, step: int, steps: int) -> None:
-        """Tell how far the engine of a bundle is, once a second. Raises EngineError, which ends the build, when this ends."""
+        """Tell how far the engine of a bundle is, once a second. Raises InspectorError, which ends the build, at the end."""
         if self._closing.is_set():
-            raise EngineError("stopped while an engine was built", hint="the next start builds it")
+            raise InspectorError("stopped while an engine was built", hint="the next start builds it")
         self._is_building = True
         if time.monotonic() - self._building_told_s > _BUILDING_EVERY_S:
             self._building_told_s = time.monotonic()

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,6 +29,7 @@ from edge_inspector.results import Moment
 from edge_inspector.runtime import tensorrt
 from edge_inspector.runtime.cuda import GpuFacts, gpu
 from edge_inspector.runtime.precision import Precision, chosen
+from edge_inspector.runtime.tensorrt import Tell
 from edge_inspector.schema import Field, Model, TolerantModel, read_json, validate
 
 log = logging.getLogger(__name__)
@@ -83,9 +84,6 @@ class Order(Model):
     threads: int
     clock_ok: bool
     record: EngineRecord
-
-
-Tell = Callable[[str, int, int], None]
 
 
 def untold(phase: str, step: int, steps: int) -> None:

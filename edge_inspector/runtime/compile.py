@@ -21,8 +21,9 @@ from edge_inspector.bundles import Bundle, open_bundle
 from edge_inspector.errors import BundleDamaged, EngineRefused, InspectorError
 from edge_inspector.frames import utc_now
 from edge_inspector.runtime import parity, precision, tensorrt
-from edge_inspector.runtime.build import EngineRecord, Order, Tell
+from edge_inspector.runtime.build import EngineRecord, Order
 from edge_inspector.runtime.onnx import OnnxEngine
+from edge_inspector.runtime.tensorrt import Tell
 from edge_inspector.schema import read_json, validate
 
 _CACHE_BYTES = 64 << 20

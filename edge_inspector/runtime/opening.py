@@ -9,9 +9,10 @@ from contextlib import ExitStack, contextmanager
 from edge_inspector.bundles import Bundle
 from edge_inspector.config import EngineConfig
 from edge_inspector.errors import EngineError, EngineLost
-from edge_inspector.runtime.build import Tell, Workshop, untold
+from edge_inspector.runtime.build import Workshop, untold
 from edge_inspector.runtime.engine import Engine
 from edge_inspector.runtime.onnx import OnnxEngine
+from edge_inspector.runtime.tensorrt import Tell
 
 log = logging.getLogger(__name__)
 
