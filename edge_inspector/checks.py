@@ -164,6 +164,7 @@ def check_machine() -> list[Finding]:
         _tensorrt(),
         _gpu(),
         *_jetson(),
+        _aravis(),
         _local_broker(),
         Finding(
             "clock",
@@ -229,6 +230,16 @@ def _jetson() -> Iterator[Finding]:
     asked = subprocess.run([command, "-q"], capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
     mode = " ".join(asked.stdout.split()) or asked.stderr.strip()[:80]
     yield Finding("power mode", asked.returncode == 0, mode, "sudo nvpmodel -m 0, then sudo jetson_clocks", needed=False)
+
+
+def _aravis() -> Finding:
+    from edge_inspector.cameras.aravis import HINT, library  # noqa: PLC0415 - loads OpenCV
+
+    try:
+        library()
+    except InspectorError as error:
+        return Finding("libaravis", False, error.message[:100], f"for GigE and USB3 Vision cameras: {HINT}", needed=False)
+    return Finding("libaravis", True, "GigE and USB3 Vision cameras: aravis://", needed=False)
 
 
 def _local_broker() -> Finding:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from edge_inspector.errors import Fault, InspectorError, SchemaError
 from edge_inspector.recipes import Id, Recipe
 from edge_inspector.results import ConfigurationRef
 from edge_inspector.schema import Field, Model, read_yaml, validate
 
-SCHEMES = ("dir", "file", "synthetic", "v4l2", "rtsp", "rtsps", "http", "https")
+GENICAM = ("aravis", "gige", "u3v")
+GENICAM_SETTINGS = ("offset_x", "offset_y", "pixel_format", "exposure_us", "gain_db", "packet_size", "features")
+SCHEMES = ("dir", "file", "synthetic", "v4l2", "rtsp", "rtsps", "http", "https", *GENICAM)
 
 
 class Identity(Model):
@@ -95,7 +97,23 @@ class CameraConfig(Model):
     width: int | None = Field(None, ge=16, le=16384)
     height: int | None = Field(None, ge=16, le=16384)
     fps: float | None = Field(None, gt=0, le=10_000)
+    offset_x: int | None = Field(None, ge=0, le=65535, description="of the sensor; aravis only, as all that follow")
+    offset_y: int | None = Field(None, ge=0, le=65535)
+    pixel_format: str | None = Field(None, max_length=64, description="as GenICam names it: Mono8, BayerRG12")
+    exposure_us: float | None = Field(None, gt=0, le=60_000_000)
+    gain_db: float | None = Field(None, ge=-60, le=100)
+    packet_size: int | None = Field(None, ge=220, le=16_384, description="GigE; none: the largest that the network carries")
+    features: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, max_length=64, description="any other GenICam feature, set in this order and read back"
+    )
     guards: Guards = Guards()
+
+    @model_validator(mode="after")
+    def _genicam_only(self) -> CameraConfig:
+        given = [name for name in GENICAM_SETTINGS if getattr(self, name) not in (None, {})]
+        if given and urlsplit(self.uri).scheme not in GENICAM:
+            raise ValueError(f"{', '.join(given)}: only cameras of {', '.join(f'{s}://' for s in GENICAM)} take these")
+        return self
 
     @property
     def name(self) -> str:

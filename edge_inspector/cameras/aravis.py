@@ -1,0 +1,317 @@
+"""GigE Vision and USB3 Vision cameras through libaravis: `aravis://SERIAL`, `aravis://192.168.1.10`, `gige://`, `u3v://`.
+
+By ctypes on the system's library (Debian and Ubuntu: libaravis-0.8-0), so that no Python package is needed. Names of features
+are GenICam's (SFNC). Every setting is read back; the library's own range check is on, or it would take values no camera has.
+All calls were measured to return in time: 5 s at most where a camera has vanished.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from edge_inspector.cameras.folder import broken_frame
+from edge_inspector.cameras.source import Address, Info, check_format
+from edge_inspector.config import CameraConfig
+from edge_inspector.errors import CameraError
+from edge_inspector.frames import Frame, Pixels, frozen, utc_now
+
+LIBRARY = "libaravis-0.8.so.0"
+HINT = "apt install libaravis-0.8-0"
+BUFFERS = 8
+_CHECK_RANGES = 1
+_SUCCESS = 0
+_STATUS = {
+    1: "cleared",
+    2: "late packets",
+    3: "missing packets",
+    4: "wrong packet",
+    5: "wrong size",
+    6: "half filled",
+    7: "aborted",
+}
+_WRAP = 65535
+"""Block ids of GigE Vision 1 go from 65535 to 1."""
+_STEP = 0.01
+"""Cameras round floats to their own steps: this share is no mismatch."""
+
+_BAYER = {"GR": cv2.COLOR_BayerGB2BGR, "RG": cv2.COLOR_BayerBG2BGR, "GB": cv2.COLOR_BayerGR2BGR, "BG": cv2.COLOR_BayerRG2BGR}
+"""GenICam names the first two pixels of the first row, OpenCV those of the second."""
+_FORMATS: dict[int, tuple[str, type, int, int | None]] = {
+    0x01080001: ("Mono8", np.uint8, 1, None), 0x01100003: ("Mono10", np.uint16, 1, None),
+    0x01100005: ("Mono12", np.uint16, 1, None), 0x01100007: ("Mono16", np.uint16, 1, None),
+    0x02180014: ("RGB8", np.uint8, 3, cv2.COLOR_RGB2BGR), 0x02180015: ("BGR8", np.uint8, 3, None),
+    **{0x01080008 + n: (f"Bayer{p}8", np.uint8, 1, code) for n, (p, code) in enumerate(_BAYER.items())},
+    **{0x0110000C + n: (f"Bayer{p}10", np.uint16, 1, code) for n, (p, code) in enumerate(_BAYER.items())},
+    **{0x01100010 + n: (f"Bayer{p}12", np.uint16, 1, code) for n, (p, code) in enumerate(_BAYER.items())},
+    **{0x0110002E + n: (f"Bayer{p}16", np.uint16, 1, code) for n, (p, code) in enumerate(_BAYER.items())},
+}  # fmt: skip
+"""PFNC code: name, type, channels in memory, conversion to BGR (None: as it is)."""
+
+_P, _S, _D, _I64, _B = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_double, ctypes.c_int64, ctypes.c_int
+_LOST = ctypes.CFUNCTYPE(None, _P, _P)
+
+
+class _GError(ctypes.Structure):
+    _fields_ = (("domain", ctypes.c_uint32), ("code", ctypes.c_int), ("message", _S))
+
+
+# function: result, arguments; a trailing GError** is added where the third item says so.
+_CALLS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
+    "arv_camera_new": (_P, (_S,), True), "arv_camera_get_device": (_P, (_P,), False),
+    "arv_camera_set_trigger": (None, (_P, _S), True), "arv_camera_clear_triggers": (None, (_P,), True),
+    "arv_camera_software_trigger": (None, (_P,), True), "arv_camera_get_payload": (ctypes.c_uint, (_P,), True),
+    "arv_camera_create_stream": (_P, (_P, _P, _P), True), "arv_camera_start_acquisition": (None, (_P,), True),
+    "arv_camera_stop_acquisition": (None, (_P,), True), "arv_camera_set_frame_rate": (None, (_P, _D), True),
+    "arv_camera_get_frame_rate": (_D, (_P,), True), "arv_camera_gv_set_packet_size": (None, (_P, _B), True),
+    "arv_camera_gv_auto_packet_size": (ctypes.c_uint, (_P,), True), "arv_camera_is_gv_device": (_B, (_P,), False),
+    "arv_camera_get_exposure_time": (_D, (_P,), True), "arv_camera_set_exposure_time": (None, (_P, _D), True),
+    "arv_camera_get_gain": (_D, (_P,), True), "arv_camera_set_gain": (None, (_P, _D), True),
+    "arv_device_set_range_check_policy": (None, (_P, _B), False),
+    "arv_device_get_integer_feature_value": (_I64, (_P, _S), True),
+    "arv_device_set_integer_feature_value": (None, (_P, _S, _I64), True),
+    "arv_device_get_float_feature_value": (_D, (_P, _S), True),
+    "arv_device_set_float_feature_value": (None, (_P, _S, _D), True),
+    "arv_device_get_boolean_feature_value": (_B, (_P, _S), True),
+    "arv_device_set_boolean_feature_value": (None, (_P, _S, _B), True),
+    "arv_device_get_string_feature_value": (_S, (_P, _S), True),
+    "arv_device_set_string_feature_value": (None, (_P, _S, _S), True),
+    "arv_device_get_integer_feature_bounds": (None, (_P, _S, _P, _P), True),
+    "arv_device_get_float_feature_bounds": (None, (_P, _S, _P, _P), True),
+    "arv_buffer_new_allocate": (_P, (ctypes.c_size_t,), False), "arv_stream_push_buffer": (None, (_P, _P), False),
+    "arv_stream_timeout_pop_buffer": (_P, (_P, ctypes.c_uint64), False), "arv_buffer_get_status": (_B, (_P,), False),
+    "arv_buffer_get_data": (_P, (_P, _P), False), "arv_buffer_get_frame_id": (ctypes.c_uint64, (_P,), False),
+    "arv_buffer_get_system_timestamp": (ctypes.c_uint64, (_P,), False),
+    "arv_buffer_get_image_width": (_B, (_P,), False), "arv_buffer_get_image_height": (_B, (_P,), False),
+    "arv_buffer_get_image_pixel_format": (ctypes.c_uint32, (_P,), False),
+}  # fmt: skip
+
+
+class _Library:
+    """libaravis with typed calls; a GError becomes CameraError."""
+
+    def __init__(self) -> None:
+        """Raises CameraError where the library is missing."""
+        try:
+            aravis, self.gobject, self._glib = (
+                ctypes.CDLL(name) for name in (LIBRARY, "libgobject-2.0.so.0", "libglib-2.0.so.0")
+            )
+        except OSError as error:
+            raise CameraError(f"{LIBRARY} cannot be loaded: {error}", hint=HINT) from error
+        self._glib.g_error_free.argtypes = [_P]
+        self.gobject.g_object_unref.argtypes = [_P]
+        self.gobject.g_signal_connect_data.argtypes = [_P, _S, _LOST, _P, _P, ctypes.c_int]
+        for name, (result, arguments, fails) in _CALLS.items():
+            call = getattr(aravis, name)
+            call.restype, call.argtypes = result, [*arguments, *([_P] if fails else [])]
+            setattr(self, name.removeprefix("arv_"), self._checked(call) if fails else call)
+
+    def _checked(self, call: Any) -> Callable[..., Any]:
+        def checked(*given: Any) -> Any:
+            error = ctypes.POINTER(_GError)()
+            result = call(*given, ctypes.byref(error))
+            if error:
+                message = error.contents.message.decode(errors="replace")
+                self._glib.g_error_free(error)
+                raise CameraError(message)
+            return result
+
+        return checked
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
+@cache
+def library() -> _Library:
+    """The library, loaded once. Raises CameraError where it is missing."""
+    return _Library()
+
+
+class AravisSource:
+    """Source protocol for one camera. `?trigger=software`: images when told to, `?trigger=Line1`: on an edge; else free."""
+
+    def __init__(self, config: CameraConfig, _base: Path) -> None:
+        self.config = config
+        self._camera = self._stream = self._device = None
+        self._seq, self._last_id, self._gone = 0, 0, False
+
+    def open(self) -> Info:
+        """Open, set, read back, start. Raises CameraError."""
+        address, arv = Address.of(self.config.uri), library()
+        address.known("trigger")
+        self._trigger = address.options.get("trigger", "")
+        try:
+            self._camera = arv.camera_new(address.place.encode() or None)
+        except CameraError as error:
+            raise self._error(
+                f"cannot be opened: {error.message}", "is it powered, in this subnet, and used by nobody else?"
+            ) from error
+        self._device = arv.camera_get_device(self._camera)
+        arv.device_set_range_check_policy(self._device, _CHECK_RANGES)
+        self._on_lost = _LOST(lambda _device, _data: self._vanished())  # kept: C calls it as long as the device lives
+        arv.gobject.g_signal_connect_data(self._device, b"control-lost", self._on_lost, None, None, 0)
+        self._set_up()
+        payload = arv.camera_get_payload(self._camera)
+        self._stream = arv.camera_create_stream(self._camera, None, None)
+        for _ in range(BUFFERS):
+            arv.stream_push_buffer(self._stream, arv.buffer_new_allocate(payload))
+        arv.camera_start_acquisition(self._camera)
+        return self._info()
+
+    def _vanished(self) -> None:
+        self._gone = True
+
+    def _set_up(self) -> None:
+        config, arv = self.config, library()
+        arv.camera_clear_triggers(self._camera)
+        sizes = {"Width": config.width, "Height": config.height, "OffsetX": config.offset_x, "OffsetY": config.offset_y}
+        wanted: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+        if config.pixel_format is not None:
+            wanted["PixelFormat"] = config.pixel_format
+        for name, value in {**wanted, **config.features}.items():
+            self._feature(name, value)
+        if arv.camera_is_gv_device(self._camera):
+            if config.packet_size is not None:
+                self._feature("GevSCPSPacketSize", config.packet_size)
+            else:
+                arv.camera_gv_auto_packet_size(self._camera)
+        for name, value in (("frame_rate", config.fps), ("exposure_time", config.exposure_us), ("gain", config.gain_db)):
+            if value is not None:
+                self._named(name, float(value))
+        if self._trigger:
+            arv.camera_set_trigger(self._camera, self._trigger.capitalize().encode())
+
+    def _named(self, name: str, value: float) -> None:
+        """A setting whose feature has other names on older cameras: the library knows them."""
+        arv = library()
+        try:
+            getattr(arv, f"camera_set_{name}")(self._camera, value)
+            found = getattr(arv, f"camera_get_{name}")(self._camera)
+        except CameraError as error:
+            raise self._error(f"{name} {value:g} was refused: {error.message}") from error
+        if abs(found - value) > _STEP * max(abs(value), 1.0):
+            raise self._error(f"{name} is {found:g}, the configuration sets {value:g}")
+
+    def _feature(self, name: str, value: bool | float | str) -> None:
+        """Set one GenICam feature and read it back. Raises CameraError with the camera's own range."""
+        arv, key = library(), name.encode()
+        kind = "boolean" if isinstance(value, bool) else {int: "integer", float: "float"}.get(type(value), "string")
+        given = value.encode() if isinstance(value, str) else value
+        try:
+            getattr(arv, f"device_set_{kind}_feature_value")(self._device, key, given)
+            found = getattr(arv, f"device_get_{kind}_feature_value")(self._device, key)
+        except CameraError as error:
+            raise self._error(f"{name} {value} was refused: {error.message}{self._range(kind, key)}") from error
+        found = found.decode() if isinstance(found, bytes) else bool(found) if kind == "boolean" else found
+        near = isinstance(value, float) and isinstance(found, float) and abs(found - value) <= _STEP * max(abs(value), 1.0)
+        if found != value and not near:
+            raise self._error(f"{name} is {found}, the configuration sets {value}{self._range(kind, key)}")
+
+    def _range(self, kind: str, key: bytes) -> str:
+        number: Any = {"integer": ctypes.c_int64, "float": ctypes.c_double}.get(kind)
+        if number is None:
+            return ""
+        low, high = number(), number()
+        try:
+            bounds = getattr(library(), f"device_get_{kind}_feature_bounds")
+            bounds(self._device, key, ctypes.byref(low), ctypes.byref(high))
+        except CameraError:  # a feature without bounds
+            return ""
+        return f" (the camera takes {low.value:g} to {high.value:g})"
+
+    def _info(self) -> Info:
+        arv = library()
+
+        def integer(name: bytes) -> int:
+            return int(arv.device_get_integer_feature_value(self._device, name))
+
+        code = integer(b"PixelFormat") & 0xFFFFFFFF
+        if code not in _FORMATS:
+            known = ", ".join(sorted(name for name, *_ in _FORMATS.values()))
+            raise self._error(f"pixel format 0x{code:08x} is not understood", f"set pixel_format to one of {known}")
+        _, kind, channels, colour = _FORMATS[code]
+        info = Info(
+            integer(b"Width"), integer(b"Height"), 3 if channels == 3 or colour is not None else 1, np.dtype(kind).itemsize * 8,
+            triggerable=self._trigger.lower() == "software",
+        )  # fmt: skip
+        check_format(self.config, info)
+        return info if self._trigger else replace(info, fps=round(float(arv.camera_get_frame_rate(self._camera)), 3))
+
+    def read(self, timeout_s: float) -> Frame | None:
+        """The next frame; one with lost packets is a broken one. Raises CameraError when the camera has vanished."""
+        if self._gone:
+            raise self._error("control lost", "was it unplugged, or taken by another program?")
+        arv = library()
+        buffer = arv.stream_timeout_pop_buffer(self._stream, round(timeout_s * 1e6))
+        if not buffer:
+            return None
+        try:
+            return self._frame(buffer)
+        finally:
+            arv.stream_push_buffer(self._stream, buffer)
+
+    def _frame(self, buffer: Any) -> Frame:
+        arv = library()
+        status, identity = arv.buffer_get_status(buffer), int(arv.buffer_get_frame_id(buffer))
+        lost, self._last_id = _gap(self._last_id, identity), identity
+        seq, self._seq = self._seq, self._seq + 1
+        if status != _SUCCESS:
+            told = _STATUS.get(status, f"status {status}")
+            return replace(broken_frame(seq, str(identity), f"{self.config.name}: {told}"), lost=lost)
+        age_s = max(0.0, time.time() - arv.buffer_get_system_timestamp(buffer) / 1e9)
+        captured = datetime.fromtimestamp(time.time() - age_s, timezone.utc) if age_s < 60 else utc_now()
+        return Frame(
+            frozen(self._pixels(buffer)), seq, time.monotonic() - min(age_s, 60.0), captured, source_id=str(identity), lost=lost
+        )
+
+    def _pixels(self, buffer: Any) -> Pixels:
+        """A copy in our own memory, BGR or grey."""
+        arv, size = library(), ctypes.c_size_t()
+        data = arv.buffer_get_data(buffer, ctypes.byref(size))
+        height, width = arv.buffer_get_image_height(buffer), arv.buffer_get_image_width(buffer)
+        _, kind, channels, colour = _FORMATS[arv.buffer_get_image_pixel_format(buffer)]
+        memory: Any = (ctypes.c_uint8 * size.value).from_address(data)
+        shape = (height, width) if channels == 1 else (height, width, channels)
+        image = np.frombuffer(memory, kind, int(np.prod(shape))).reshape(shape)
+        return image.copy() if colour is None else cv2.cvtColor(image, colour)
+
+    def trigger(self) -> None:
+        """Make an image now. Raises CameraError."""
+        library().camera_software_trigger(self._camera)
+
+    def close(self) -> None:
+        """Stop and let go; 5 s at most where the camera has vanished."""
+        arv = library() if self._camera else None
+        if arv is None:
+            return
+        try:
+            if self._stream and not self._gone:
+                arv.camera_stop_acquisition(self._camera)
+        except CameraError:
+            self._gone = True  # it no longer answers: nothing is left to stop
+        for thing in (self._stream, self._camera):
+            if thing:
+                arv.gobject.g_object_unref(thing)
+        self._camera = self._stream = self._device = None
+
+    def _error(self, what: str, hint: str = "") -> CameraError:
+        return CameraError(f"{self.config.name}: {what}", hint=hint)
+
+
+def _gap(last: int, now: int) -> int:
+    """Frames lost between two block ids, across the wrap of GigE Vision 1; 0 for the first."""
+    if not last or now == last:
+        return 0
+    if now > last:
+        return now - last - 1
+    return max(0, now - last - 1 + _WRAP) if last <= _WRAP else 0
