@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -143,6 +144,19 @@ def test_a_frozen_camera_is_noticed_and_reopened_when_it_thaws(simulator: Simula
         until(lambda: source.state is CameraState.FAULT, 10, "fault")
         simulator.process.send_signal(signal.SIGCONT)
         until(lambda: source.state is CameraState.STREAMING and source.next(0.2) is not None, 30, "frames again")
+
+
+def test_cameras_that_answer_are_listed_with_the_uri_that_opens_them(simulator: Simulator) -> None:
+    listed = json.loads(
+        subprocess.run([sys.executable, "-m", "edge_inspector.cli", "cameras", "--json"], capture_output=True, text=True,
+                       timeout=60, check=True).stdout
+    )  # fmt: skip
+    ours = next(found for found in listed if found["serial"] == "EI01")
+    assert ours["uri"] == "aravis://EI01"
+    assert "Aravis" in ours["model"]
+    assert "127.0.0.1" in ours["details"]
+    with camera(ours["uri"]) as source:
+        assert taken(source, 2)
 
 
 def test_nobody_there_is_told_with_what_to_do() -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from edge_inspector import pictures
 from edge_inspector.cameras import Camera, CameraState, open_source
+from edge_inspector.cameras.sources import video_devices
 from edge_inspector.cameras.synthetic import draw_part
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraEnded, CameraError
@@ -211,6 +212,22 @@ def test_nothing_is_left_behind_after_closing() -> None:
     assert set(os.listdir("/dev/shm")) <= before[1]
     pid = int(child.stdout.split()[0])
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_video_devices_are_listed_by_the_name_that_lasts_and_without_their_metadata(tmp_path: Path) -> None:
+    devices, classes = tmp_path / "dev", tmp_path / "class"
+    for name, index, model in (("video0", "0", "HD Camera"), ("video1", "1", "HD Camera"), ("video2", "0", "Other")):
+        (classes / name).mkdir(parents=True)
+        (classes / name / "index").write_text(index + "\n")
+        (classes / name / "name").write_text(model + "\n")
+        (devices / name).parent.mkdir(exist_ok=True)
+        (devices / name).touch()
+    (devices / "v4l" / "by-id").mkdir(parents=True)
+    (devices / "v4l" / "by-id" / "usb-HD-7-video-index0").symlink_to(devices / "video0")
+    found = video_devices(devices, classes)
+    assert [(f.uri, f.model) for f in found] == [
+        (f"v4l2://{devices}/v4l/by-id/usb-HD-7-video-index0", "HD Camera"), (f"v4l2://{devices}/video2", "Other"),
+    ]  # fmt: skip
 
 
 class _Mjpeg(http.server.BaseHTTPRequestHandler):

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from edge_inspector.cameras.folder import broken_frame
-from edge_inspector.cameras.source import Address, Info, check_format
+from edge_inspector.cameras.source import Address, Found, Info, check_format
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 from edge_inspector.frames import Frame, Pixels, frozen, utc_now
@@ -61,12 +61,18 @@ _P, _S, _D, _I64, _B = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_double, ctypes
 _LOST = ctypes.CFUNCTYPE(None, _P, _P)
 
 
+_TOLD = ("id", "vendor", "model", "serial_nbr", "address", "protocol")
+"""What a camera that was not opened says of itself."""
+
+
 class _GError(ctypes.Structure):
     _fields_ = (("domain", ctypes.c_uint32), ("code", ctypes.c_int), ("message", _S))
 
 
 # function: result, arguments; a trailing GError** is added where the third item says so.
 _CALLS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
+    "arv_update_device_list": (None, (), False), "arv_get_n_devices": (ctypes.c_uint, (), False),
+    **{f"arv_get_device_{what}": (_S, (ctypes.c_uint,), False) for what in _TOLD},
     "arv_camera_new": (_P, (_S,), True), "arv_camera_get_device": (_P, (_P,), False),
     "arv_camera_set_trigger": (None, (_P, _S), True), "arv_camera_clear_triggers": (None, (_P,), True),
     "arv_camera_software_trigger": (None, (_P,), True), "arv_camera_get_payload": (ctypes.c_uint, (_P,), True),
@@ -137,6 +143,28 @@ def library() -> _Library:
     return _Library()
 
 
+def _answering() -> list[dict[str, str]]:
+    """What each camera says of itself that answers now; takes a second."""
+    arv = library()
+    arv.update_device_list()
+    listed = [
+        {what: (getattr(arv, f"get_device_{what}")(number) or b"").decode(errors="replace") for what in _TOLD}
+        for number in range(arv.get_n_devices())
+    ]
+    return [told for told in listed if told["protocol"] != "Fake"]
+
+
+def found() -> list[Found]:
+    """Cameras that answer now. Raises CameraError where the library is missing."""
+    return [
+        Found(
+            f"aravis://{told['serial_nbr'] or told['id']}", f"{told['vendor']} {told['model']}".strip(), told["serial_nbr"],
+            f"{told['protocol']}, {told['address']}",
+        )
+        for told in _answering()
+    ]  # fmt: skip
+
+
 class AravisSource:
     """Source protocol for one camera. `?trigger=software`: images when told to, `?trigger=Line1`: on an edge; else free."""
 
@@ -151,7 +179,7 @@ class AravisSource:
         address.known("trigger")
         self._trigger = address.options.get("trigger", "")
         try:
-            self._camera = arv.camera_new(address.place.encode() or None)
+            self._camera = self._connected(address.place)
         except CameraError as error:
             raise self._error(
                 f"cannot be opened: {error.message}", "is it powered, in this subnet, and used by nobody else?"
@@ -167,6 +195,16 @@ class AravisSource:
             arv.stream_push_buffer(self._stream, arv.buffer_new_allocate(payload))
         arv.camera_start_acquisition(self._camera)
         return self._info()
+
+    def _connected(self, place: str) -> Any:
+        """By address or id; by serial number, which the library alone does not know, where one camera has it."""
+        try:
+            return library().camera_new(place.encode() or None)
+        except CameraError:
+            known = next((told["id"] for told in _answering() if told["serial_nbr"] == place), None)
+            if known is None:
+                raise
+            return library().camera_new(known.encode())
 
     def _vanished(self) -> None:
         self._gone = True

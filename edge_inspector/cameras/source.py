@@ -32,6 +32,16 @@ class Info:
         return f"{self.width}x{self.height}, {self.channels} channel(s), {self.depth_bits} bit{rate}"
 
 
+@dataclass(frozen=True)
+class Found:
+    """A camera that is there, not opened."""
+
+    uri: str
+    model: str
+    serial: str
+    details: str
+
+
 class Source(Protocol):
     """Frames from one place. Used from one thread."""
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_inspector.cameras.aravis import AravisSource
+from edge_inspector.cameras import aravis
 from edge_inspector.cameras.folder import FolderSource, VideoSource
 from edge_inspector.cameras.isolation import IsolatedSource
 from edge_inspector.cameras.mjpeg import MjpegSource
 from edge_inspector.cameras.opencv import OpencvSource
-from edge_inspector.cameras.source import Address, Source
+from edge_inspector.cameras.source import Address, Found, Source
 from edge_inspector.cameras.synthetic import LETHAL, SyntheticSource
 from edge_inspector.config import GENICAM, CameraConfig
+from edge_inspector.errors import CameraError
 
 _KINDS: dict[str, Callable[[CameraConfig, Path], Source]] = {
     "dir": FolderSource,
     "file": VideoSource,
     "synthetic": SyntheticSource,
-    **dict.fromkeys(GENICAM, AravisSource),
+    **dict.fromkeys(GENICAM, aravis.AravisSource),
 }
 _NETWORK: dict[str, Callable[[CameraConfig, Path], Source]] = {"http": MjpegSource, "https": MjpegSource}
 """These can hang."""
@@ -34,3 +35,28 @@ def open_source(config: CameraConfig, base: Path) -> Source:
     address = Address.of(config.uri)
     isolated = address.scheme not in _KINDS or "isolate" in address.options or address.options.get("fault") in LETHAL
     return IsolatedSource(config, base) if isolated else direct_source(config, base)
+
+
+def search() -> tuple[list[Found], list[CameraError]]:
+    """Cameras that are there now, on every stack, and what kept a stack from being asked. Opens none."""
+    listed, missing = video_devices(Path("/dev"), Path("/sys/class/video4linux")), []
+    try:
+        listed += aravis.found()
+    except CameraError as error:
+        missing.append(error)
+    return listed, missing
+
+
+def video_devices(devices: Path, classes: Path) -> list[Found]:
+    """V4L2 cameras, by names that stay when they are plugged in elsewhere (by-id), where they have one."""
+    lasting = {path.resolve(): path for path in sorted((devices / "v4l" / "by-id").glob("*"), reverse=True)}
+    listed = []
+    for place in sorted(classes.glob("video*"), key=lambda path: (len(path.name), path.name)):
+        try:
+            index, model = (place / "index").read_text().strip(), (place / "name").read_text().strip()
+        except OSError:
+            continue  # unplugged just now
+        if index == "0":  # further ones of a camera carry metadata, no pictures
+            device = devices / place.name
+            listed.append(Found(f"v4l2://{lasting.get(device, device)}", model, "", str(device)))
+    return listed

@@ -17,7 +17,17 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for _verb in (online.init, online.check, online.run, online.demo, online.doctor, online.build, online.watch, online.schema):
+for _verb in (
+    online.init,
+    online.check,
+    online.run,
+    online.demo,
+    online.doctor,
+    online.cameras,
+    online.build,
+    online.watch,
+    online.schema,
+):
     app.command()(_verb)
 for _offline_verb in (
     offline.train,

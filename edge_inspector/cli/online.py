@@ -18,6 +18,7 @@ from rich.table import Table
 from edge_inspector.cli.shown import (
     ConfigOption,
     JsonOption,
+    complain,
     err,
     one_line,
     out,
@@ -70,6 +71,25 @@ def check(config: ConfigOption = Path("device.yaml"), as_json: JsonOption = Fals
             if finding.hint:
                 out.print(f"         hint: {escape(finding.hint)}")
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+def cameras(as_json: JsonOption = False) -> None:
+    """List the cameras that answer: GigE and USB3 Vision (libaravis), V4L2. Their URIs go into line.yaml."""
+    from edge_inspector.cameras.sources import search  # noqa: PLC0415
+
+    listed, missing = search()
+    if as_json:
+        print_json([{"uri": f.uri, "model": f.model, "serial": f.serial, "details": f.details} for f in listed])
+    elif listed:
+        table = Table("uri", "model", "serial", "", box=None)
+        for found in listed:
+            table.add_row(*(escape(text) for text in (found.uri, found.model, found.serial, found.details)))
+        out.print(table)
+    for error in missing:
+        complain(error)
+    if not listed:
+        err.print("no camera answers; network streams (rtsp://, http://) cannot be looked for")
+        raise typer.Exit(1)
 
 
 def run(config: ConfigOption = Path("device.yaml"), verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False) -> None:
