@@ -17,7 +17,7 @@ LINES = [
     {"config"},
     {"preprocess", "scoring", "systemd", "documents"},
     {"cameras", "runtime", "outbox", "mqtt"},
-    {"inspector", "broker", "health", "subscriber"},
+    {"inspector", "broker", "health", "subscriber", "capture"},
     {"evidence"},
     {"station", "training"},
     {"daemon"},

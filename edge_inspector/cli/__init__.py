@@ -24,6 +24,7 @@ for _verb in (
     online.demo,
     online.doctor,
     online.cameras,
+    online.capture,
     online.build,
     online.watch,
     online.schema,

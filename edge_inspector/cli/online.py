@@ -92,6 +92,49 @@ def cameras(as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
+def capture(
+    camera: Annotated[str, typer.Argument(help="a camera's URI, or STATION/CAMERA of line.yaml with all its settings")],
+    out_folder: Annotated[Path, typer.Option("--out", help="folder for the pictures: what train reads")],
+    count: Annotated[int, typer.Option(min=1, max=100_000, help="pictures to store")] = 200,
+    every_s: Annotated[float, typer.Option("--every", min=0, help="seconds between two")] = 0.5,
+    config: ConfigOption = Path("device.yaml"),
+    as_json: JsonOption = False,
+) -> None:
+    """Take pictures of good parts for training. Near copies are left out; Ctrl-C ends, the same command goes on."""
+    from edge_inspector import capture as taking  # noqa: PLC0415
+    from edge_inspector.cameras import Camera, open_source  # noqa: PLC0415
+    from edge_inspector.config import CameraConfig, load_device, load_line  # noqa: PLC0415
+    from edge_inspector.schema import validate  # noqa: PLC0415
+
+    base = Path.cwd()
+    if "://" in camera:
+        settings = validate(CameraConfig, {"uri": camera}, "camera")
+    else:
+        device = load_device(config)
+        station, _, name = camera.partition("/")
+        known = {f"{s}/{c}": made for s, of in load_line(device.line_file).stations.items() for c, made in of.cameras.items()}
+        if f"{station}/{name}" not in known:
+            raise InspectorError(f"no camera {camera!r} in {device.line_file}", hint=f"there are: {', '.join(known)}")
+        settings, base = known[camera], device.folder
+    stop, missed = threading.Event(), 0
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    album = taking.Album(out_folder)
+    try:
+        with Camera("capture", settings, lambda: open_source(settings, base)) as source, progress_bar() as shown:
+            task = shown.add_task("pictures", total=count, figures="")
+            for taken in taking.capture(source, album, count=count, every_s=every_s, ended=stop.is_set):
+                missed += taken.path is None
+                words = "; ".join(text for text in (taken.why_not, *taken.hints) if text)
+                shown.update(task, completed=taken.kept, figures=f"sharpness {taken.sharpness:.2e}  {words}")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if as_json:
+        print_json({"folder": str(out_folder), "stored": album.kept, "left_out": missed})
+        return
+    out.print(f"{album.kept} pictures in {out_folder}, {missed} frames left out (copies or broken ones)")
+    out.print(f"next: edge-inspector train {out_folder} --product my-product")
+
+
 def run(config: ConfigOption = Path("device.yaml"), verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False) -> None:
     """Run the daemon. SIGTERM stops it, SIGHUP reads line.yaml again."""
     from edge_inspector import daemon  # noqa: PLC0415
