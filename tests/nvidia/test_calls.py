@@ -96,9 +96,10 @@ def test_an_engine_is_opened_in_one_thread_and_used_in_another_while_the_old_one
         import threading
         from contextlib import ExitStack
         engine = lambda: workshop.engine(bundle, "auto", 1)[0]
-        stack, swapped, parts = ExitStack(), [], [0, 0]
+        stack, swapped, parts, judged = ExitStack(), [], [0, 0], threading.Event()
         old = stack.enter_context(engine())
         def warm():
+            judged.wait(10)
             swapped.append(stack.enter_context(engine()))
         def station():
             global old
@@ -109,6 +110,7 @@ def test_an_engine_is_opened_in_one_thread_and_used_in_another_while_the_old_one
                 else:
                     parts[0] += 1
                 old()
+                judged.set()
             depths.append(counts()["depth"])
         depths = []
         line = threading.Thread(target=station)
