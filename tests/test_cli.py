@@ -21,7 +21,7 @@ PAPER, TRUST, RECORDING = str(ENGINES / "paper"), str(ENGINES / "trust"), ENGINE
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "edge_inspector.cli", *arguments], capture_output=True, text=True, cwd=cwd, timeout=120,
+        [sys.executable, "-m", "edge_inspector.cli", *arguments], capture_output=True, text=True, cwd=cwd, timeout=300,
         env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
