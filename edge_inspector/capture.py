@@ -16,6 +16,8 @@ from edge_inspector.errors import CameraEnded, CameraError, InspectorError
 from edge_inspector.frames import Frame, Pixels
 
 _SIDE = 24
+_REMEMBERED = 200
+"""Pictures of earlier captures, the last ones, that new ones are compared with."""
 _COPY = 0.001
 """Mean difference of two thumbnails, as a share of the range, below which they show the same part lying still.
 
@@ -50,12 +52,11 @@ class Album:
         self._sharpness: list[float] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()]
+            there = sorted((path for path in folder.glob("*.png") if path.stem.isdigit()), key=lambda path: int(path.stem))
         except OSError as error:
             raise InspectorError(f"{folder}: {error.strerror}", hint="choose a folder that can be written") from error
-        self._next = max(numbers, default=0) + 1
-        for number in sorted(numbers)[-_SIDE:]:
-            self._seen.append(_thumbnail(_shares(pictures.read(folder / f"{number:06d}.png"))))
+        self._next = int(there[-1].stem) + 1 if there else 1
+        self._seen += [_thumbnail(_shares(pictures.read(path))) for path in there[-_REMEMBERED:]]
 
     def take(self, frame: Frame) -> Taken:
         """Store a frame, unless it is broken or shows what an earlier one shows."""

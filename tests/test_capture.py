@@ -45,6 +45,7 @@ def test_numbers_go_on_and_what_an_earlier_capture_stored_is_a_copy(tmp_path: Pa
     first = Album(tmp_path)
     for part in parts[:2]:
         first.take(frame(part))
+    (tmp_path / "000002.png").rename(tmp_path / "2.png")  # a person's own numbering
     again = Album(tmp_path)
     assert again.take(frame(parts[1])).why_not == "shows the same as an earlier one"
     assert again.take(frame(parts[2])).path == tmp_path / "000003.png"

@@ -1,6 +1,6 @@
 """Engines kept on the device: found where one fits, else compiled in a child process and compared before it may judge.
 
-An engine fits one graph, TensorRT version, GPU, precision and batch: all are in its record, a JSON beside it. A record without
+An engine fits one bundle, TensorRT version, GPU, precision and batch: all are in its record, a JSON beside it. A record without
 engine says why that one was refused, so that it is not built again for nothing.
 """
 

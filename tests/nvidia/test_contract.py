@@ -26,7 +26,9 @@ import tensorrt
 plan, cache = ours.compiled(tensorrt, Path(sys.argv[1]).read_bytes(), 1, lambda *told: None, b"")
 try:
     ours.compiled(tensorrt, b"no graph", 1, lambda *told: None)
-except Exception: pass
+    sys.exit("what is no graph was compiled")
+except ours.EngineError as error:
+    assert "this is no graph" in error.message
 log = ours.log_of(tensorrt)
 engine = ours.TensorRtEngine(None, Path("none"), "", "fp32")
 from edge_inspector.runtime.cuda import gpu
