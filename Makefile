@@ -19,7 +19,8 @@ test: $(VENV)/.test $(if $(EDGE_INSPECTOR_NVIDIA),$(VENV)/.nvidia)
 	  echo "left out: tests with a real broker (apt install mosquitto openssl)"
 	@command -v systemd-analyze >/dev/null || { $(APT) && apt-get install -y -qq systemd >/dev/null; } || \
 	  echo "left out: the check of the systemd unit (no systemd-analyze)"
-	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libaravis-0.8.so.0")' 2>/dev/null || { $(APT) && apt-get install -y -qq --no-install-recommends libaravis-0.8-0 >/dev/null; } || \
+	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libaravis-0.8.so.0")' 2>/dev/null || { $(APT) && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends libaravis-0.8-0 >/dev/null; } || \
 	  echo "left out: GigE Vision cameras (apt install libaravis-0.8-0)"
 	$(BIN)/python -m pytest
 
