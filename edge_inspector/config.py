@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from pydantic import field_validator, model_validator
 
@@ -14,9 +15,9 @@ from edge_inspector.recipes import Id, Recipe
 from edge_inspector.results import ConfigurationRef
 from edge_inspector.schema import Field, Model, read_yaml, validate
 
-GENICAM = ("aravis", "gige", "u3v")
+GENICAM = ("aravis", "gige", "u3v", "pylon", "gentl")
 GENICAM_SETTINGS = ("offset_x", "offset_y", "pixel_format", "exposure_us", "gain_db", "packet_size", "features")
-SCHEMES = ("dir", "file", "synthetic", "v4l2", "rtsp", "rtsps", "http", "https", *GENICAM)
+SCHEMES = ("dir", "file", "synthetic", "v4l2", "rtsp", "rtsps", "http", "https", "gst", "csi", *GENICAM)
 
 
 class Identity(Model):
@@ -97,7 +98,7 @@ class CameraConfig(Model):
     width: int | None = Field(None, ge=16, le=16384)
     height: int | None = Field(None, ge=16, le=16384)
     fps: float | None = Field(None, gt=0, le=10_000)
-    offset_x: int | None = Field(None, ge=0, le=65535, description="of the sensor; aravis only, as all that follow")
+    offset_x: int | None = Field(None, ge=0, le=65535, description="of the sensor; GenICam cameras only, as all that follow")
     offset_y: int | None = Field(None, ge=0, le=65535)
     pixel_format: str | None = Field(None, max_length=64, description="as GenICam names it: Mono8, BayerRG12")
     exposure_us: float | None = Field(None, gt=0, le=60_000_000)
@@ -118,14 +119,17 @@ class CameraConfig(Model):
     @property
     def name(self) -> str:
         """The address for messages, which are published: without user and password."""
-        parts = urlsplit(self.uri)
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else self.uri
+        return re.sub(r"((?:user-)?(?:pw|password)=)\S+", r"\1***", re.sub(r"//[^/\s]*@", "//", self.uri))
 
     @field_validator("uri")
     @classmethod
     def _known_scheme(cls, uri: str) -> str:
-        if urlsplit(uri).scheme not in SCHEMES:
-            raise ValueError(f"camera URI must start with one of {', '.join(s + '://' for s in SCHEMES)}")
+        scheme = urlsplit(uri).scheme
+        if scheme not in SCHEMES:
+            known = ", ".join(name + (":" if name == "gst" else "://") for name in SCHEMES)
+            raise ValueError(f"camera URI must start with one of {known}")
+        if scheme == "gst" and re.search(r"\w*sink\b", uri):
+            raise ValueError("a pipeline is given without its sink: ours is added; none may write anywhere else")
         return uri
 
 

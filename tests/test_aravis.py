@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 import pytest
 
-from edge_inspector.cameras import Camera, CameraState
-from edge_inspector.cameras.aravis import _FORMATS, HINT, LIBRARY, AravisSource, _gap
+from edge_inspector.cameras import Camera, CameraState, genicam
+from edge_inspector.cameras.aravis import HINT, LIBRARY, AravisSource
 from edge_inspector.cameras.sources import open_source
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
@@ -175,7 +175,7 @@ def test_nobody_there_is_told_with_what_to_do() -> None:
 @pytest.mark.parametrize("bits", [8, 12])
 def test_each_bayer_pattern_gives_its_colours_back(pattern: str, bits: int) -> None:
     """A red part under each mosaic: red where the pattern says R, nothing elsewhere."""
-    _, kind, channels, code = next(known for known in _FORMATS.values() if known[0] == f"Bayer{pattern}{bits}")
+    _, kind, channels, code = next(known for known in genicam.FORMATS.values() if known[0] == f"Bayer{pattern}{bits}")
     assert channels == 1
     assert code is not None
     rows = {"GR": "GRBG", "RG": "RGGB", "GB": "GBRG", "BG": "BGGR"}[pattern]
@@ -197,13 +197,13 @@ def test_formats_arrive_as_grey_or_bgr_of_their_depth(
 
 
 def test_block_ids_are_counted_across_their_wrap() -> None:
-    assert _gap(0, 65400) == 0
-    assert _gap(7, 8) == 0
-    assert _gap(7, 11) == 3
-    assert _gap(65535, 1) == 0
-    assert _gap(65534, 2) == 2
-    assert _gap(70000, 70002) == 1
-    assert _gap(70002, 3) == 0, "a camera that counts anew has lost nothing that we know of"
+    assert genicam.gap(0, 65400) == 0
+    assert genicam.gap(7, 8) == 0
+    assert genicam.gap(7, 11) == 3
+    assert genicam.gap(65535, 1) == 0
+    assert genicam.gap(65534, 2) == 2
+    assert genicam.gap(70000, 70002) == 1
+    assert genicam.gap(100, 3) == genicam.gap(70002, 3) == 0, "a camera that counts anew has lost nothing that we know of"
 
 
 def test_settings_of_industrial_cameras_are_refused_elsewhere() -> None:

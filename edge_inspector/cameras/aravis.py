@@ -11,19 +11,16 @@ import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-
+from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
 from edge_inspector.cameras.source import Address, Found, Info, check_format
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
-from edge_inspector.frames import Frame, Pixels, frozen, utc_now
+from edge_inspector.frames import Frame, frozen
 
 LIBRARY = "libaravis-0.8.so.0"
 HINT = "apt install libaravis-0.8-0"
@@ -39,24 +36,6 @@ _STATUS = {
     6: "half filled",
     7: "aborted",
 }
-_WRAP = 65535
-"""Block ids of GigE Vision 1 go from 65535 to 1."""
-_STEP = 0.01
-"""Cameras round floats to their own steps: this share is no mismatch."""
-
-_BAYER = {"GR": cv2.COLOR_BayerGB2BGR, "RG": cv2.COLOR_BayerBG2BGR, "GB": cv2.COLOR_BayerGR2BGR, "BG": cv2.COLOR_BayerRG2BGR}
-"""GenICam names the first two pixels of the first row, OpenCV those of the second."""
-_FORMATS: dict[int, tuple[str, type, int, int | None]] = {
-    0x01080001: ("Mono8", np.uint8, 1, None), 0x01100003: ("Mono10", np.uint16, 1, None),
-    0x01100005: ("Mono12", np.uint16, 1, None), 0x01100007: ("Mono16", np.uint16, 1, None),
-    0x02180014: ("RGB8", np.uint8, 3, cv2.COLOR_RGB2BGR), 0x02180015: ("BGR8", np.uint8, 3, None),
-    **{0x01080008 + n: (f"Bayer{p}8", np.uint8, 1, code) for n, (p, code) in enumerate(_BAYER.items())},
-    **{0x0110000C + n: (f"Bayer{p}10", np.uint16, 1, code) for n, (p, code) in enumerate(_BAYER.items())},
-    **{0x01100010 + n: (f"Bayer{p}12", np.uint16, 1, code) for n, (p, code) in enumerate(_BAYER.items())},
-    **{0x0110002E + n: (f"Bayer{p}16", np.uint16, 1, code) for n, (p, code) in enumerate(_BAYER.items())},
-}  # fmt: skip
-"""PFNC code: name, type, channels in memory, conversion to BGR (None: as it is)."""
-
 _P, _S, _D, _I64, _B = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_double, ctypes.c_int64, ctypes.c_int
 _LOST = ctypes.CFUNCTYPE(None, _P, _P)
 
@@ -97,6 +76,7 @@ _CALLS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "arv_stream_timeout_pop_buffer": (_P, (_P, ctypes.c_uint64), False), "arv_buffer_get_status": (_B, (_P,), False),
     "arv_buffer_get_data": (_P, (_P, _P), False), "arv_buffer_get_frame_id": (ctypes.c_uint64, (_P,), False),
     "arv_buffer_get_system_timestamp": (ctypes.c_uint64, (_P,), False),
+    "arv_buffer_get_timestamp": (ctypes.c_uint64, (_P,), False),
     "arv_buffer_get_image_width": (_B, (_P,), False), "arv_buffer_get_image_height": (_B, (_P,), False),
     "arv_buffer_get_image_pixel_format": (ctypes.c_uint32, (_P,), False),
 }  # fmt: skip
@@ -172,6 +152,7 @@ class AravisSource:
         self.config = config
         self._camera = self._stream = self._device = None
         self._seq, self._last_id, self._gone = 0, 0, False
+        self._clock = genicam.DeviceClock()
 
     def open(self) -> Info:
         """Open, set, read back, start. Raises CameraError."""
@@ -237,7 +218,7 @@ class AravisSource:
             found = getattr(arv, f"camera_get_{name}")(self._camera)
         except CameraError as error:
             raise self._error(f"{name} {value:g} was refused: {error.message}") from error
-        if abs(found - value) > _STEP * max(abs(value), 1.0):
+        if abs(found - value) > genicam.STEP * max(abs(value), 1.0):
             raise self._error(f"{name} is {found:g}, the configuration sets {value:g}")
 
     def _feature(self, name: str, value: bool | float | str) -> None:
@@ -251,7 +232,9 @@ class AravisSource:
         except CameraError as error:
             raise self._error(f"{name} {value} was refused: {error.message}{self._range(kind, key)}") from error
         found = found.decode() if isinstance(found, bytes) else bool(found) if kind == "boolean" else found
-        near = isinstance(value, float) and isinstance(found, float) and abs(found - value) <= _STEP * max(abs(value), 1.0)
+        near = (
+            isinstance(value, float) and isinstance(found, float) and abs(found - value) <= genicam.STEP * max(abs(value), 1.0)
+        )
         if found != value and not near:
             raise self._error(f"{name} is {found}, the configuration sets {value}{self._range(kind, key)}")
 
@@ -274,14 +257,10 @@ class AravisSource:
             return int(arv.device_get_integer_feature_value(self._device, name))
 
         code = integer(b"PixelFormat") & 0xFFFFFFFF
-        if code not in _FORMATS:
-            known = ", ".join(sorted(name for name, *_ in _FORMATS.values()))
-            raise self._error(f"pixel format 0x{code:08x} is not understood", f"set pixel_format to one of {known}")
-        _, kind, channels, colour = _FORMATS[code]
-        info = Info(
-            integer(b"Width"), integer(b"Height"), 3 if channels == 3 or colour is not None else 1, np.dtype(kind).itemsize * 8,
-            triggerable=self._trigger.lower() == "software",
-        )  # fmt: skip
+        try:
+            info = genicam.info_of(code, integer(b"Width"), integer(b"Height"), triggerable=self._trigger.lower() == "software")
+        except KeyError as error:
+            raise genicam.not_understood(self.config, f"0x{code:08x}") from error
         check_format(self.config, info)
         return info if self._trigger else replace(info, fps=round(float(arv.camera_get_frame_rate(self._camera)), 3))
 
@@ -301,27 +280,21 @@ class AravisSource:
     def _frame(self, buffer: Any) -> Frame:
         arv = library()
         status, identity = arv.buffer_get_status(buffer), int(arv.buffer_get_frame_id(buffer))
-        lost, self._last_id = _gap(self._last_id, identity), identity
+        lost, self._last_id = genicam.gap(self._last_id, identity), identity
         seq, self._seq = self._seq, self._seq + 1
         if status != _SUCCESS:
             told = _STATUS.get(status, f"status {status}")
             return replace(broken_frame(seq, str(identity), f"{self.config.name}: {told}"), lost=lost)
-        age_s = max(0.0, time.time() - arv.buffer_get_system_timestamp(buffer) / 1e9)
-        captured = datetime.fromtimestamp(time.time() - age_s, timezone.utc) if age_s < 60 else utc_now()
-        return Frame(
-            frozen(self._pixels(buffer)), seq, time.monotonic() - min(age_s, 60.0), captured, source_id=str(identity), lost=lost
-        )
-
-    def _pixels(self, buffer: Any) -> Pixels:
-        """A copy in our own memory, BGR or grey."""
-        arv, size = library(), ctypes.c_size_t()
+        now_s = time.monotonic()
+        arrived_s = now_s - min(60.0, max(0.0, time.time() - arv.buffer_get_system_timestamp(buffer) / 1e9))
+        stamp = arv.buffer_get_timestamp(buffer) / 1e9
+        captured_s = self._clock.captured_s(stamp, arrived_s) if stamp else arrived_s
+        size = ctypes.c_size_t()
         data = arv.buffer_get_data(buffer, ctypes.byref(size))
-        height, width = arv.buffer_get_image_height(buffer), arv.buffer_get_image_width(buffer)
-        _, kind, channels, colour = _FORMATS[arv.buffer_get_image_pixel_format(buffer)]
         memory: Any = (ctypes.c_uint8 * size.value).from_address(data)
-        shape = (height, width) if channels == 1 else (height, width, channels)
-        image = np.frombuffer(memory, kind, int(np.prod(shape))).reshape(shape)
-        return image.copy() if colour is None else cv2.cvtColor(image, colour)
+        width, height = arv.buffer_get_image_width(buffer), arv.buffer_get_image_height(buffer)
+        image = frozen(genicam.pixels(memory, arv.buffer_get_image_pixel_format(buffer), width, height))
+        return Frame(image, seq, captured_s, genicam.moment(captured_s), "device" if stamp else "arrival", str(identity), lost)
 
     def trigger(self) -> None:
         """Make an image now. Raises CameraError."""
@@ -344,12 +317,3 @@ class AravisSource:
 
     def _error(self, what: str, hint: str = "") -> CameraError:
         return CameraError(f"{self.config.name}: {what}", hint=hint)
-
-
-def _gap(last: int, now: int) -> int:
-    """Frames lost between two block ids, across the wrap of GigE Vision 1; 0 for the first."""
-    if not last or now == last:
-        return 0
-    if now > last:
-        return now - last - 1
-    return max(0, now - last - 1 + _WRAP) if last <= _WRAP else 0

@@ -25,6 +25,8 @@ QUEUE = 8
 """Frames that wait under the policy `every`; more are lost, counted, and told with the next frame."""
 _WAIT_S = 0.25
 _BACKOFF_S = (0.2, 5.0)
+_DRIFT_S = 0.01
+"""By which a camera's own clock may run ahead of what we know of it."""
 _GRID = 16
 """Guards look at every 16th row and column."""
 
@@ -46,6 +48,8 @@ class CameraCounts:
     lost: int = 0
     skipped: int = 0
     broken: int = 0
+    missing: int = 0
+    """Images that a trigger asked for and that never came."""
     reopened: int = 0
 
 
@@ -136,7 +140,7 @@ class Camera:
                 while self._frames:
                     frame = self._frames.popleft()
                     self._changed.notify_all()
-                    if not self._on_demand or frame.captured_s >= self._fence:
+                    if not self._on_demand or self._is_fresh(frame):
                         return frame
                 if self.state is CameraState.ENDED:
                     raise CameraEnded(f"camera {self.name}: {self.fault}")
@@ -144,6 +148,10 @@ class Camera:
                 if left <= 0 or self._closing.is_set():
                     return None
                 self._changed.wait(min(left, _WAIT_S))
+
+    def _is_fresh(self, frame: Frame) -> bool:
+        """Whether it was captured since the trigger, as far as its clock can tell."""
+        return frame.captured_s >= self._fence - (_DRIFT_S if frame.clock == "device" else 0.0)
 
     # --- the supervising thread
 
@@ -183,18 +191,24 @@ class Camera:
         guard = _Guard(self.config.guards, info)
         self._become(CameraState.STREAMING)
         asked = info.triggerable and self._on_demand
-        silent_since = time.monotonic()
+        silent_since, missing = time.monotonic(), 0
         while not self._closing.is_set():
             if asked and not self._asked(source):
                 silent_since = time.monotonic()
+                if not info.simulated:
+                    source.read(0.0)  # one that is gone says so; an image that nobody wanted does not wait
                 continue
             frame = source.read(_WAIT_S)
             if frame is not None:
                 silent_since = time.monotonic()
-                if asked:
-                    self._wanted = 0
+                if asked and self._is_fresh(frame):
+                    self._wanted, missing = 0, 0
                 self._deliver(frame, guard, info)
             elif (silence := time.monotonic() - silent_since) > self.config.timeout_ms / 1000:
+                if asked and not missing:  # one missing image is its part's trouble, two are the camera's
+                    self._wanted, missing = 0, 1
+                    self.counts.missing += 1
+                    continue
                 raise CameraError(f"{self.config.name}: silent for {silence:.1f} s", hint="cable, power, or a busy network")
 
     def _asked(self, source: Source) -> bool:
@@ -217,7 +231,7 @@ class Camera:
         self.counts.broken += bool(frame.fault)
         latest = self._on_demand or self.config.policy == "latest"
         with self._changed:
-            if self._on_demand and self._frames and self._frames[0].captured_s >= self._fence:
+            if self._on_demand and self._frames and self._is_fresh(self._frames[0]):
                 self.counts.skipped += 1  # the first frame since the trigger waits already: later ones show another part
                 return
             if latest and not info.pulled:

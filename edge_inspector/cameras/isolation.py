@@ -28,17 +28,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_inspector.cameras.opencv import ENVIRONMENT
 from edge_inspector.cameras.source import Info
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraEnded, CameraError
 from edge_inspector.frames import Frame, frozen
 
 SLOTS = 8
+_ENTRY = "from edge_inspector.cameras.isolation import main; main()"
 _HEADER = 4096
 _MESSAGE = 8192
 _OPEN_MARGIN_S = 10.0
 """Beside the camera's own timeout: starting Python and importing OpenCV on a busy machine."""
 _PR_SET_PDEATHSIG = 1
+_IDLE_S = 0.25
+_TRIGGER = b"t"
 _UNPACED_S = 0.04
 """Between two frames of a recording that has no rate of its own."""
 
@@ -54,6 +58,11 @@ class _Ring:
 
     def slot(self, number: int) -> NDArray[np.uint8]:
         return np.frombuffer(self._map, np.uint8, self.frame_bytes, _HEADER + number * self.frame_bytes)
+
+
+def _as_told(info: Info) -> Info:
+    """How a source behaves in a child: a camera waits for its trigger there too, what is drawn or recorded runs free."""
+    return replace(info, pulled=False, triggerable=info.triggerable and not info.simulated)
 
 
 # --- the parent
@@ -75,23 +84,20 @@ class IsolatedSource:
         specification = json.dumps({"config": self.config.model_dump(mode="json"), "base": str(self.base)})
         with theirs:
             self._child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-m", "edge_inspector.cameras.isolation", str(theirs.fileno()), specification],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                [sys.executable, "-c", _ENTRY, str(theirs.fileno()), specification],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**os.environ, **ENVIRONMENT},
             )  # fmt: skip
         self._socket = ours
         wait_s = _OPEN_MARGIN_S + self.config.timeout_ms / 1000
         message = self._received(wait_s)
         if message is None:
             raise CameraError(f"{self.config.name}: did not open within {wait_s:g} s", hint="does it answer otherwise?")
-        return replace(Info(**message["info"]), pulled=False, triggerable=False)  # a child runs free
+        return _as_told(Info(**message["info"]))
 
     def read(self, timeout_s: float) -> Frame | None:
         """The next frame, copied out of the ring. Raises CameraEnded, CameraError (also when the child died)."""
         end = time.monotonic() + timeout_s
-        while (left := end - time.monotonic()) > 0:
-            message = self._received(left)
-            if message is None:
-                return None
+        while (message := self._received(max(0.0, end - time.monotonic()))) is not None:
             frame = self._copied(message["frame"])
             if frame is not None:
                 return frame
@@ -134,8 +140,11 @@ class IsolatedSource:
         )  # fmt: skip
 
     def trigger(self) -> None:
-        """A child runs free; Camera takes the first frame after the trigger."""
-        raise CameraError(f"{self.config.name}: cannot be triggered")
+        """Tell the child. Raises CameraError where it is gone."""
+        try:
+            self._socket.send(_TRIGGER, socket.MSG_DONTWAIT)
+        except OSError as error:
+            raise CameraError(f"{self.config.name}: the camera process does not listen: {error.strerror}") from error
 
     def close(self) -> None:
         """Kill the child. One that is stuck in the kernel is not waited for."""
@@ -206,10 +215,7 @@ class _Sender:
 
 def _child(channel: socket.socket, specification: dict[str, Any]) -> None:
     """Open the source and send its frames until the parent is gone."""
-    from edge_inspector.cameras.opencv import ENVIRONMENT  # noqa: PLC0415 - the environment comes before OpenCV
-
-    os.environ.update(ENVIRONMENT)
-    from edge_inspector.cameras.sources import direct_source  # noqa: PLC0415
+    from edge_inspector.cameras.sources import direct_source  # noqa: PLC0415 - which imports this module
 
     config = CameraConfig.model_validate(specification["config"])
     sender = _Sender(channel)
@@ -217,9 +223,17 @@ def _child(channel: socket.socket, specification: dict[str, Any]) -> None:
     try:
         info = source.open()
         channel.send(json.dumps({"info": asdict(info)}).encode())
-        while not select.select([channel], [], [], _UNPACED_S if info.pulled else 0)[0]:  # readable: the parent is gone
-            frame = source.read(config.timeout_ms / 1000)
-            if frame is not None:
+        triggered = _as_told(info).triggerable
+        wait_s = _IDLE_S if triggered else _UNPACED_S if info.pulled else 0.0
+        while True:
+            called = bool(select.select([channel], [], [], wait_s)[0])
+            if called and not channel.recv(1):  # the parent is gone
+                return
+            if called:
+                source.trigger()
+            # An untold camera is asked too: one that is gone says so, and an image that nobody wanted does not wait.
+            frame = source.read(config.timeout_ms / 1000 if called or not triggered else 0.0)
+            if frame is not None and (called or not triggered):
                 sender.send(frame)
     except CameraError as error:
         told = {"error": error.message, "hint": error.hint, "ended": isinstance(error, CameraEnded)}
@@ -237,7 +251,3 @@ def main() -> None:
             _child(channel, json.loads(sys.argv[2]))
         except (BrokenPipeError, ConnectionResetError):
             sys.exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -74,6 +74,8 @@ class Address:
     @classmethod
     def of(cls, uri: str) -> Address:
         """Take a URI apart."""
+        if uri.startswith("gst:"):  # a pipeline may hold any character
+            return cls(uri, "gst", uri.removeprefix("gst:"), {})
         parts = urlsplit(uri)
         return cls(uri, parts.scheme, unquote(parts.netloc + parts.path), dict(parse_qsl(parts.query)))
 

@@ -5,45 +5,50 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_inspector.cameras import aravis
+from edge_inspector.cameras import aravis, gentl, pylon
 from edge_inspector.cameras.folder import FolderSource, VideoSource
+from edge_inspector.cameras.gst import GstSource
 from edge_inspector.cameras.isolation import IsolatedSource
 from edge_inspector.cameras.mjpeg import MjpegSource
 from edge_inspector.cameras.opencv import OpencvSource
 from edge_inspector.cameras.source import Address, Found, Source
 from edge_inspector.cameras.synthetic import LETHAL, SyntheticSource
-from edge_inspector.config import GENICAM, CameraConfig
+from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 
 _KINDS: dict[str, Callable[[CameraConfig, Path], Source]] = {
     "dir": FolderSource,
     "file": VideoSource,
     "synthetic": SyntheticSource,
-    **dict.fromkeys(GENICAM, aravis.AravisSource),
+    **dict.fromkeys(("aravis", "gige", "u3v"), aravis.AravisSource),
 }
-_NETWORK: dict[str, Callable[[CameraConfig, Path], Source]] = {"http": MjpegSource, "https": MjpegSource}
-"""These can hang."""
+_ISOLATED: dict[str, Callable[[CameraConfig, Path], Source]] = {
+    **dict.fromkeys(("http", "https"), MjpegSource), **dict.fromkeys(("gst", "csi"), GstSource),
+    **dict.fromkeys(("v4l2", "rtsp", "rtsps"), OpencvSource), "pylon": pylon.PylonSource, "gentl": gentl.GentlSource,
+}  # fmt: skip
+"""These can hang, or crash: they are a vendor's library, or FFmpeg."""
 
 
 def direct_source(config: CameraConfig, base: Path) -> Source:
     """The source of a URI, in this process."""
-    return (_KINDS | _NETWORK).get(Address.of(config.uri).scheme, OpencvSource)(config, base)
+    return (_KINDS | _ISOLATED)[Address.of(config.uri).scheme](config, base)
 
 
 def open_source(config: CameraConfig, base: Path) -> Source:
     """The source of a URI, in a child process where its calls can hang. Not opened yet."""
     address = Address.of(config.uri)
-    isolated = address.scheme not in _KINDS or "isolate" in address.options or address.options.get("fault") in LETHAL
+    isolated = address.scheme in _ISOLATED or "isolate" in address.options or address.options.get("fault") in LETHAL
     return IsolatedSource(config, base) if isolated else direct_source(config, base)
 
 
 def search() -> tuple[list[Found], list[CameraError]]:
     """Cameras that are there now, on every stack, and what kept a stack from being asked. Opens none."""
     listed, missing = video_devices(Path("/dev"), Path("/sys/class/video4linux")), []
-    try:
-        listed += aravis.found()
-    except CameraError as error:
-        missing.append(error)
+    for found in (aravis.found, pylon.found, gentl.found):
+        try:
+            listed += found()
+        except CameraError as error:
+            missing.append(error)
     return listed, missing
 
 

@@ -1,0 +1,192 @@
+"""What the stacks of GenICam cameras share: pixel formats (PFNC), settings (SFNC), block ids, and the camera's clock."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from datetime import datetime, timedelta, timezone
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+
+from edge_inspector.cameras.source import Info
+from edge_inspector.config import CameraConfig
+from edge_inspector.errors import CameraError
+from edge_inspector.frames import Pixels
+
+_BAYER = {"GR": cv2.COLOR_BayerGB2BGR, "RG": cv2.COLOR_BayerBG2BGR, "GB": cv2.COLOR_BayerGR2BGR, "BG": cv2.COLOR_BayerRG2BGR}
+"""GenICam names the first two pixels of the first row, OpenCV those of the second."""
+FORMATS: dict[int, tuple[str, type, int, int | None]] = {
+    0x01080001: ("Mono8", np.uint8, 1, None), 0x01100003: ("Mono10", np.uint16, 1, None),
+    0x01100005: ("Mono12", np.uint16, 1, None), 0x01100007: ("Mono16", np.uint16, 1, None),
+    0x02180014: ("RGB8", np.uint8, 3, cv2.COLOR_RGB2BGR), 0x02180015: ("BGR8", np.uint8, 3, None),
+    0x02200016: ("RGBa8", np.uint8, 4, cv2.COLOR_RGBA2BGR), 0x02200017: ("BGRa8", np.uint8, 4, cv2.COLOR_BGRA2BGR),
+    **{0x01080008 + n: (f"Bayer{p}8", np.uint8, 1, code) for n, (p, code) in enumerate(_BAYER.items())},
+    **{0x0110000C + n: (f"Bayer{p}10", np.uint16, 1, code) for n, (p, code) in enumerate(_BAYER.items())},
+    **{0x01100010 + n: (f"Bayer{p}12", np.uint16, 1, code) for n, (p, code) in enumerate(_BAYER.items())},
+    **{0x0110002E + n: (f"Bayer{p}16", np.uint16, 1, code) for n, (p, code) in enumerate(_BAYER.items())},
+}  # fmt: skip
+"""PFNC code: name, type, channels in memory, conversion to BGR (None: as it is)."""
+BLOCK_IDS = 65535
+"""Block ids of GigE Vision 1 go from 65535 to 1."""
+STEP = 0.01
+"""Cameras round floats to their own steps: this share is no mismatch."""
+_ALIASES = {
+    "fps": ("AcquisitionFrameRate", "AcquisitionFrameRateAbs"),
+    "exposure_us": ("ExposureTime", "ExposureTimeAbs"),
+    "gain_db": ("Gain", "GainAbs"),
+}
+"""The standard's name and the one before it."""
+_SWITCHES = ("AcquisitionFrameRateEnable", "AcquisitionFrameRateEnabled")
+
+
+def code_of(name: str) -> int:
+    """PFNC code of a pixel format as a stack names it (`BGR8Packed` and `BGR8` are one). Raises StopIteration for another."""
+    return next(code for code, (known, *_) in FORMATS.items() if known == name.removesuffix("Packed"))
+
+
+def info_of(code: int, width: int, height: int, *, fps: float | None = None, triggerable: bool = False) -> Info:
+    """What a camera of this format delivers. Raises KeyError for a format that is not understood."""
+    _, kind, channels, colour = FORMATS[code]
+    return Info(
+        width, height, 3 if channels > 1 or colour is not None else 1, np.dtype(kind).itemsize * 8, fps, triggerable=triggerable
+    )
+
+
+def not_understood(config: CameraConfig, name: str) -> CameraError:
+    """The error for a pixel format that is none of FORMATS."""
+    known = ", ".join(sorted(known for known, *_ in FORMATS.values()))
+    return CameraError(f"{config.name}: pixel format {name} is not understood", hint=f"set pixel_format to one of {known}")
+
+
+def pixels(memory: Any, code: int, width: int, height: int) -> Pixels:
+    """A copy of a driver's buffer in our own memory, [H, W] or [H, W, 3] BGR."""
+    _, kind, channels, colour = FORMATS[code]
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    image: Pixels = np.frombuffer(memory, kind, int(np.prod(shape))).reshape(shape)
+    return image.copy() if colour is None else cv2.cvtColor(image, colour)
+
+
+def gap(last: int, now: int) -> int:
+    """Frames lost between two block ids, across the wrap of 16-bit ones; a camera that counts anew has lost none."""
+    if not last or now == last + 1:
+        return 0
+    if now > last:
+        return now - last - 1
+    steps = now + BLOCK_IDS - last - 1
+    return steps if last <= BLOCK_IDS and steps < BLOCK_IDS // 2 else 0
+
+
+class DeviceClock:
+    """Brings a camera's own timestamps to our monotonic clock.
+
+    A frame arrives some time after its exposure, never before: the smallest difference between arrival and timestamp is
+    the one with the least delay in it. The last minute counts, so that two clocks may drift apart.
+    """
+
+    WINDOW_S = 30.0
+
+    def __init__(self) -> None:
+        self._least: deque[tuple[float, float]] = deque(maxlen=2)
+        """Least differences: of the window before, of this one; each with its beginning."""
+
+    def captured_s(self, device_s: float, arrived_s: float) -> float:
+        """time.monotonic() of a frame's timestamp; never later than its arrival."""
+        difference = arrived_s - device_s
+        if not self._least or arrived_s - self._least[-1][0] > self.WINDOW_S:
+            self._least.append((arrived_s, difference))
+        elif difference < self._least[-1][1]:
+            self._least[-1] = (self._least[-1][0], difference)
+        return device_s + min(least for _, least in self._least)
+
+
+def moment(captured_s: float) -> datetime:
+    """The wall clock's time of a monotonic one."""
+    return datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - captured_s)
+
+
+class Nodes(Protocol):
+    """A camera's features by name, as a vendor's library gives them. Any of its errors may be raised."""
+
+    def text(self, name: str) -> str | None:
+        """The value as text; None where the camera has no such feature."""
+        ...
+
+    def put(self, name: str, text: str) -> None:
+        """Set it."""
+        ...
+
+    def limits(self, name: str) -> str:
+        """What it takes, in words; empty where it does not say."""
+        ...
+
+
+def apply(nodes: Nodes, config: CameraConfig) -> None:
+    """Set what the configuration sets and read all of it back. Raises CameraError with the camera's own range."""
+    sizes = {"Width": config.width, "Height": config.height, "OffsetX": config.offset_x, "OffsetY": config.offset_y}
+    wanted: list[tuple[tuple[str, ...], Any]] = [((name,), value) for name, value in sizes.items() if value is not None]
+    if config.pixel_format is not None:
+        wanted.append((("PixelFormat",), config.pixel_format))
+    if config.packet_size is not None:
+        wanted.append((("GevSCPSPacketSize",), config.packet_size))
+    if config.fps is not None:
+        wanted += [((switch,), True) for switch in _SWITCHES if nodes.text(switch) is not None]
+    named = ((names, getattr(config, setting)) for setting, names in _ALIASES.items())
+    wanted += [(names, float(value)) for names, value in named if value is not None]
+    for names, value in [*wanted, *(((name,), value) for name, value in config.features.items())]:
+        _set(nodes, config, names, value)
+
+
+def _set(nodes: Nodes, config: CameraConfig, names: tuple[str, ...], value: bool | float | str) -> None:
+    name = next((name for name in names if nodes.text(name) is not None), None)
+    if name is None:
+        raise CameraError(f"{config.name}: the camera has no {' or '.join(names)}", hint="see its manual for the names")
+    given = str(int(value)) if isinstance(value, bool) else str(value)
+    try:
+        nodes.put(name, given)
+        found = nodes.text(name) or ""
+    except Exception as error:  # each stack raises classes of its own
+        words = str(error).split(" : ")[0].splitlines()[0][:160]
+        raise CameraError(f"{config.name}: {name} {value} was refused: {words}{nodes.limits(name)}") from error
+    if not _alike(value, found):
+        raise CameraError(f"{config.name}: {name} is {found}, the configuration sets {value}{nodes.limits(name)}")
+
+
+def _alike(value: bool | float | str, found: str) -> bool:
+    if isinstance(value, bool):
+        return found.lower() in (("1", "true") if value else ("0", "false"))
+    if isinstance(value, str):
+        return found == value
+    try:
+        return abs(float(found) - value) <= (STEP * max(abs(value), 1.0) if isinstance(value, float) else 0)
+    except ValueError:
+        return False
+
+
+def set_trigger(nodes: Nodes, config: CameraConfig, source: str) -> str:
+    """Make the camera wait for `source` (`software`, `Line1`), or run free where it is empty. Returns it."""
+    if nodes.text("TriggerMode") is None:
+        if source:
+            raise CameraError(f"{config.name}: the camera has no trigger", hint="leave ?trigger= out")
+        return source
+    if nodes.text("TriggerSelector") is not None:
+        _set(nodes, config, ("TriggerSelector",), "FrameStart")
+    if source:
+        _set(nodes, config, ("TriggerSource",), source.capitalize())
+    _set(nodes, config, ("TriggerMode",), "On" if source else "Off")
+    return source
+
+
+def info_from(nodes: Nodes, config: CameraConfig, trigger: str) -> Info:
+    """What the camera says it will deliver. Raises CameraError for a pixel format that is not understood."""
+    name = nodes.text("PixelFormat") or ""
+    try:
+        code = code_of(name)
+    except StopIteration:
+        raise not_understood(config, name) from None
+    rate = next((text for alias in _ALIASES["fps"] if (text := nodes.text(alias))), None)
+    return info_of(
+        code, int(nodes.text("Width") or 0), int(nodes.text("Height") or 0),
+        fps=float(rate) if rate and not trigger else None, triggerable=trigger.lower() == "software",
+    )  # fmt: skip

@@ -1,0 +1,158 @@
+"""Cameras of any vendor through its GenTL producer: `gentl://SERIAL?cti=/opt/vendor/producer.cti`, `gentl://` for the first.
+
+Extra `gentl` (harvesters). Without `cti`, every producer in GENICAM_GENTL64_PATH is asked. `?trigger=` as for aravis.
+Run in a child process: a producer is a vendor's library.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from edge_inspector.cameras import genicam
+from edge_inspector.cameras.folder import broken_frame
+from edge_inspector.cameras.source import Address, Found, Info, check_format
+from edge_inspector.config import CameraConfig
+from edge_inspector.errors import CameraError
+from edge_inspector.frames import Frame, frozen
+
+HINT = 'pip install "edge-inspector[gentl]"'
+PRODUCERS = "GENICAM_GENTL64_PATH"
+BUFFERS = 8
+
+
+def harvester(cti: str) -> Any:
+    """A Harvester that knows the cameras of one producer, or of all that are installed. Raises CameraError."""
+    try:
+        from harvesters.core import Harvester  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise CameraError(f"harvesters cannot be loaded: {error}", hint=HINT) from error
+    folders = [Path(folder) for folder in os.environ.get(PRODUCERS, "").split(":") if folder]
+    producers = [Path(cti)] if cti else [path for folder in folders for path in sorted(folder.glob("*.cti"))]
+    if not producers:
+        raise CameraError("no GenTL producer", hint=f"install the camera vendor's, or name it: ?cti=... ({PRODUCERS} is empty)")
+    known = Harvester()
+    for path in producers:
+        try:
+            known.add_file(str(path), check_existence=True)
+        except OSError as error:
+            raise CameraError(f"{path}: no such GenTL producer", hint="a file with the ending .cti") from error
+    known.update()
+    return known
+
+
+def found() -> list[Found]:
+    """Cameras of all installed producers. Raises CameraError where there is no library or no producer."""
+    known = harvester("")
+    try:
+        return [
+            Found(f"gentl://{told.serial_number}", f"{told.vendor} {told.model}", told.serial_number, told.tl_type)
+            for told in known.device_info_list
+        ]
+    finally:
+        known.reset()
+
+
+class _Nodes:
+    """genicam.Nodes on the reference implementation's node map."""
+
+    def __init__(self, nodes: Any) -> None:
+        self._nodes = nodes
+
+    def text(self, name: str) -> str | None:
+        try:
+            return str(self._nodes.get_node(name).to_string())
+        except Exception:  # noqa: BLE001 - GenApi's classes; absent and unreadable are one here
+            return None
+
+    def put(self, name: str, text: str) -> None:
+        self._nodes.get_node(name).from_string(text)
+
+    def limits(self, name: str) -> str:
+        node = self._nodes.get_node(name)
+        if hasattr(node, "symbolics"):
+            return f" (the camera takes {', '.join(node.symbolics)})"
+        return f" (the camera takes {node.min:g} to {node.max:g})" if hasattr(node, "min") else ""
+
+
+class GentlSource:
+    """Source protocol for one camera."""
+
+    def __init__(self, config: CameraConfig, _base: Path) -> None:
+        self.config = config
+        self._harvester: Any = None
+        self._acquirer: Any = None
+        self._seq = self._last_id = 0
+        self._clock = genicam.DeviceClock()
+
+    def open(self) -> Info:
+        """Open, set, read back, start. Raises CameraError."""
+        address = Address.of(self.config.uri)
+        address.known("cti", "trigger")
+        self._harvester = harvester(address.options.get("cti", ""))
+        serials = [told.serial_number for told in self._harvester.device_info_list]
+        if not serials or (address.place and address.place not in serials):
+            there = ", ".join(serials) or "none"
+            raise CameraError(f"{self.config.name}: no such camera; there: {there}", hint="is it powered and plugged in?")
+        try:
+            self._acquirer = self._harvester.create(serials.index(address.place) if address.place else 0)
+        except Exception as error:  # GenTL's own classes
+            raise CameraError(f"{self.config.name}: cannot be opened: {error}", hint="does another program use it?") from error
+        nodes = _Nodes(self._acquirer.remote_device.node_map)
+        genicam.apply(nodes, self.config)
+        trigger = genicam.set_trigger(nodes, self.config, address.options.get("trigger", ""))
+        info = genicam.info_from(nodes, self.config, trigger)
+        check_format(self.config, info)
+        self._acquirer.num_buffers = BUFFERS
+        self._acquirer.start()
+        return info
+
+    def read(self, timeout_s: float) -> Frame | None:
+        """The next frame; an incomplete one is a broken one."""
+        buffer = self._acquirer.try_fetch(timeout=max(0.001, timeout_s))
+        if buffer is None:
+            return None
+        try:
+            return self._frame(buffer)
+        finally:
+            buffer.queue()
+
+    def _frame(self, buffer: Any) -> Frame:
+        arrived_s, identity = time.monotonic(), int(buffer.module.frame_id)
+        lost, self._last_id = genicam.gap(self._last_id, identity), identity
+        seq, self._seq = self._seq, self._seq + 1
+        if not buffer.module.is_complete() or not buffer.payload.components:
+            return replace(broken_frame(seq, str(identity), f"{self.config.name}: incomplete"), lost=lost)
+        shown = buffer.payload.components[0]
+        stamp = _timestamp_s(buffer)
+        captured_s = self._clock.captured_s(stamp, arrived_s) if stamp else arrived_s
+        image = genicam.pixels(shown.data, genicam.code_of(shown.data_format), shown.width, shown.height)
+        clock: Literal["device", "arrival"] = "device" if stamp else "arrival"
+        return Frame(frozen(image), seq, captured_s, genicam.moment(captured_s), clock, str(identity), lost)
+
+    def trigger(self) -> None:
+        """Make an image now. Raises CameraError."""
+        try:
+            self._acquirer.remote_device.node_map.TriggerSoftware.execute()
+        except Exception as error:  # GenTL's own classes
+            raise CameraError(f"{self.config.name}: trigger refused: {error}") from error
+
+    def close(self) -> None:
+        """Stop and let go."""
+        if self._acquirer is not None:
+            self._acquirer.destroy()
+            self._acquirer = None
+        if self._harvester is not None:
+            self._harvester.reset()
+            self._harvester = None
+
+
+def _timestamp_s(buffer: Any) -> float:
+    """When the camera made it, by its own clock; 0 where the producer does not tell."""
+    try:
+        return float(buffer.timestamp_ns) / 1e9
+    except Exception:  # noqa: BLE001 - not every producer has one, and each says so in its own way
+        return 0.0
