@@ -6,7 +6,7 @@ import hashlib
 import re
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import field_validator, model_validator
 
@@ -67,6 +67,48 @@ class EngineConfig(Model):
     threads: int = Field(2, ge=1, le=64, description="CPU threads for one network in ONNX Runtime")
 
 
+class PulseConfig(Model):
+    """One line that is pulsed for a verdict."""
+
+    line: int = Field(ge=0, le=1023, description="offset on the chip")
+    active_low: bool = False
+    pulse_ms: float = Field(100.0, gt=0, le=10_000)
+    delay_ms: float = Field(
+        0.0, ge=0, le=600_000, description="from the trigger, to where the diverter stands; 0: as soon as it is decided"
+    )
+
+
+class HeartbeatConfig(Model):
+    """A line that changes as long as the daemon judges."""
+
+    line: int = Field(ge=0, le=1023)
+    period_ms: float = Field(100.0, ge=20, le=2000)
+
+
+class OutputConfig(Model):
+    """Wires of one station."""
+
+    chip: str = Field(min_length=1, description="/dev/gpiochip0, or for trials file:///tmp/lines")
+    ok: PulseConfig | None = Field(None, description="for a pass, once its record is on disk")
+    reject: PulseConfig | None = Field(None, description="for everything else, at once")
+    heartbeat: HeartbeatConfig | None = None
+
+    @property
+    def lines(self) -> dict[int, bool]:
+        """Number -> whether it is active when low."""
+        pulsed = {pulse.line: pulse.active_low for pulse in (self.ok, self.reject) if pulse is not None}
+        return pulsed | ({self.heartbeat.line: False} if self.heartbeat is not None else {})
+
+    @model_validator(mode="after")
+    def _distinct(self) -> OutputConfig:
+        given = sum(output is not None for output in (self.ok, self.reject, self.heartbeat))
+        if given == 0:
+            raise ValueError("one of ok, reject and heartbeat is needed")
+        if len(self.lines) < given:
+            raise ValueError("ok, reject and heartbeat need a line each")
+        return self
+
+
 class DeviceConfig(Model):
     """device.yaml: identity, broker, storage, trust. Changed on the device only."""
 
@@ -78,6 +120,7 @@ class DeviceConfig(Model):
     bundles: str = Field("bundles", description="folder of bundles")
     line_file: str = "line.yaml"
     engine: EngineConfig = EngineConfig()
+    outputs: dict[Id, OutputConfig] = Field(default_factory=dict, max_length=32, description="by station")
 
 
 class Guards(Model):
@@ -133,12 +176,32 @@ class CameraConfig(Model):
         return uri
 
 
+class HardwareTrigger(Model):
+    """How images that a sensor on the line fires find their parts."""
+
+    announced: bool = Field(False, description="each part is told over MQTT, with its id; else every edge is a part")
+    delay_ms: float = Field(0.0, ge=0, le=60_000, description="from a part's announcement to its image")
+    tolerance_ms: float = Field(50.0, gt=0, le=10_000, description="by which that may differ")
+    sync_ms: float = Field(10.0, gt=0, le=1000, description="within which cameras expose that one edge fires")
+    debounce_ms: float = Field(100.0, ge=0, le=60_000, description="within which a second image is the same part's")
+
+    @model_validator(mode="after")
+    def _sound(self) -> HardwareTrigger:
+        if self.announced and self.debounce_ms < 2 * self.tolerance_ms:
+            raise ValueError("debounce_ms must be at least twice tolerance_ms: else an image may be either of two parts'")
+        if self.sync_ms > self.debounce_ms > 0:
+            raise ValueError("sync_ms must not be more than debounce_ms")
+        return self
+
+
 class StationConfig(Model):
     """One place on the line."""
 
-    trigger: Literal["free", "software"] = Field(
-        "free", description="free: every frame is a part; software: one part for each trigger over MQTT"
-    )
+    trigger: Literal["free", "software", "hardware"] = Field(
+        "free", description="free: every frame is a part; software: one part for each trigger over MQTT; "
+        "hardware: one for each edge of a sensor that fires the cameras",
+    )  # fmt: skip
+    hardware: HardwareTrigger = HardwareTrigger()
     expires_ms: int = Field(1000, ge=1, le=600_000, description="how long after its trigger a verdict is worth something")
     product: Id | None = Field(None, description="product when the trigger names none")
     products: dict[Id, Id] = Field(min_length=1, max_length=256, description="product: recipe")
@@ -164,6 +227,18 @@ class LineConfig(Model):
         return ConfigurationRef(version=self.version, hash=digest)
 
 
+def _trigger_faults(path: str, trigger: str, uri: str) -> list[Fault]:
+    """A camera that waits for something else than its station does would never give an image."""
+    if urlsplit(uri).scheme not in GENICAM:
+        return []
+    found = dict(parse_qsl(urlsplit(uri).query)).get("trigger", "")
+    kind = "software" if found.lower() == "software" else "hardware" if found else "free"
+    if kind == trigger or (kind == "free" and trigger == "software"):
+        return []
+    wanted = {"free": "no trigger option", "software": "?trigger=software, or none", "hardware": "?trigger=Line1"}[trigger]
+    return [Fault(path, f"waits for {found or 'nothing'}, the station's trigger is {trigger}", "", f"wanted: {wanted}")]
+
+
 def _faults(line: LineConfig) -> list[Fault]:
     """What fits each model but not the others: names that lead nowhere."""
     faults = []
@@ -176,14 +251,18 @@ def _faults(line: LineConfig) -> list[Fault]:
             faults.append(Fault(f"{path}.product", "is required where the trigger is free"))
         if station.trigger == "free" and len(station.cameras) > 1:
             faults.append(Fault(f"{path}.trigger", "free needs a station of one camera; use software for several"))
+        for camera_name, camera in station.cameras.items():
+            faults += _trigger_faults(f"{path}.cameras.{camera_name}.uri", station.trigger, camera.uri)
         for product, identity in station.products.items():
             recipe = line.recipes.get(identity)
             if recipe is None:
                 faults.append(Fault(f"{path}.products.{product}", "names no recipe", repr(identity),
                                     f"allowed: {', '.join(line.recipes)}"))  # fmt: skip
                 continue
-            for camera in sorted(set(recipe.cameras) - set(station.cameras)):
-                faults.append(Fault(f"recipes.{identity}.cameras.{camera}", f"station {name} has no such camera", "",
+            if station.trigger == "hardware" and recipe.decision.frames > 1:
+                faults.append(Fault(f"recipes.{identity}.decision.frames", f"station {name} has one image of each part"))
+            for absent in sorted(set(recipe.cameras) - set(station.cameras)):
+                faults.append(Fault(f"recipes.{identity}.cameras.{absent}", f"station {name} has no such camera", "",
                                     f"allowed: {', '.join(station.cameras)}"))  # fmt: skip
     return faults
 

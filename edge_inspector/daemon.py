@@ -25,6 +25,7 @@ from edge_inspector.frames import utc_now
 from edge_inspector.messages import Alert, Cause, StateMessage, Topics
 from edge_inspector.mqtt import Connection, Will, read_password, tls_context
 from edge_inspector.outbox import Outbox
+from edge_inspector.outputs import Outputs
 from edge_inspector.roi import Roi
 from edge_inspector.runtime import Engine, Tell, Workshop, opened
 from edge_inspector.station import Setting, Station
@@ -139,9 +140,14 @@ class _Line:
             device, "-".join(("ei", *topics.root.split("/")[2:])), Broker.subscriptions(topics),
             Will(topics.of("state"), messages.encode(offline)),
         )  # fmt: skip
-        self.stations = {name: Station(name, config, self._setting(evidence, config)) for name, config in line.stations.items()}
+        self.outputs = {name: Outputs(name, config) for name, config in device.config.outputs.items() if name in line.stations}
+        self.stations = {
+            name: Station(name, config, self._setting(evidence, name, config)) for name, config in line.stations.items()
+        }
         self.broker = Broker(self.connection, topics, self.outbox, self.stations, tick=self.watchdog.loop("broker"))
         self.alarms = _Alarms(self.broker, self.stations)
+        for output in self.outputs.values():
+            stack.enter_context(output)
         for part in (self.outbox, evidence, self.connection, self.broker):
             stack.enter_context(part)
         stack.callback(self.broker.retain, offline, "state")
@@ -153,23 +159,31 @@ class _Line:
         for station in self.stations.values():
             stack.callback(station.stop_soon)
 
-    def _setting(self, evidence: EvidenceStore, config: StationConfig) -> Setting:
+    def _setting(self, evidence: EvidenceStore, name: str, config: StationConfig) -> Setting:
         return Setting(
             outbox=self.outbox, evidence=evidence, recipes=self.line.recipes, configuration=self.line.reference(),
             session=self.session,
             make_source=lambda name: open_source(config.cameras[name], self.device.folder),
             open_engine=partial(open_engine, self.device, self.line), clock_ok=lambda: self._clock.ok,
-            watch=self.watchdog.loop, forget=self.watchdog.forget,
+            watch=self.watchdog.loop, forget=self.watchdog.forget, output=self.outputs.get(name),
         )  # fmt: skip
 
     def look(self, extra: list[Cause]) -> None:
         """Ping systemd, tell health and alarms. Raises the failure of any thread that ended."""
-        for failure in (self.outbox.failure, self.broker.failure, *(s.failure for s in self.stations.values())):
+        outputs, stations = self.outputs.values(), self.stations.values()
+        for failure in (
+            self.outbox.failure,
+            self.broker.failure,
+            *(o.failure for o in outputs),
+            *(s.failure for s in stations),
+        ):
             if isinstance(failure, EngineLost):
                 raise failure
             if failure is not None:
                 raise InspectorError(f"a thread ended: {failure}", hint="see the log above") from failure
         hanging = self.watchdog.ping()
+        for output in outputs if not hanging else ():
+            output.alive()
         causes = [*extra, *health.storage_causes(self.outbox.counts, self.device.state)]
         causes += [cause for station in self.stations.values() for cause in station.causes()]
         causes += [Cause(code="hanging", severity="failure", thing=name, text="does not answer") for name in hanging]

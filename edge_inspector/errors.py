@@ -12,6 +12,7 @@ InspectorError            what went wrong, and a hint what to do
 ├── EngineError           a network cannot be run
 │   ├── EngineRefused     a compiled network does not judge as it should
 │   └── EngineLost        the GPU failed for good: only a new process may get it back
+├── OutputError           a line of a GPIO chip cannot be had
 ├── OutboxError           results cannot be stored
 ├── BrokerError           the broker cannot be reached or refuses
 └── TrainingError         a bundle cannot be trained from these pictures
@@ -97,6 +98,10 @@ class EngineRefused(EngineError):
 
 class EngineLost(EngineError):
     """The GPU failed for good: every later call fails too, and only a new process may get it back."""
+
+
+class OutputError(InspectorError):
+    """A line of a GPIO chip cannot be had."""
 
 
 class OutboxError(InspectorError):

@@ -26,8 +26,10 @@ from edge_inspector.errors import CameraEnded, EngineLost, InspectorError, Outbo
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import Frame, Trigger, utc_now
 from edge_inspector.inspector import Inspection, Inspector
+from edge_inspector.matching import Matcher, Part
 from edge_inspector.messages import Cause, EngineState, Ready, VerdictMessage
 from edge_inspector.outbox import Outbox
+from edge_inspector.outputs import Outputs
 from edge_inspector.recipes import Recipe
 from edge_inspector.results import ConfigurationRef, Reason, RecipeRef, Result, Times, Verdict
 from edge_inspector.runtime import Engine, Tell, judge_samples
@@ -39,6 +41,9 @@ QUEUE = 256
 LOST_TOLD = 64
 """Parts lost in one go of a free-running camera that get a result each."""
 _WAIT_S = 0.25
+_MATCH_WAIT_S = 0.01
+"""An image that is missing becomes known by time, not by an event."""
+_LATELY_S = 60.0
 _BUILDING_EVERY_S = 1.0
 _PARKED_S = 60.0
 """The daemon has left long before."""
@@ -73,6 +78,8 @@ class Setting:
     watch: Callable[[str], Callable[[], None]]
     """Loop name -> its tick."""
     forget: Callable[[str], None]
+    output: Outputs | None = None
+    """Its wires to the line."""
 
 
 @dataclass
@@ -100,6 +107,9 @@ class Station:
         """By bundle, once the station is ready."""
         self.cameras: dict[str, Camera] = {}
         self._triggers: queue.Queue[Trigger] = queue.Queue(QUEUE)
+        self._matcher = Matcher.of(config) if config.trigger == "hardware" else None
+        self._unfitting, self._unfitting_s = 0, float("-inf")
+        self._wake = threading.Event()
         self._inspectors: dict[str, tuple[Inspector, RecipeRef]] = {}
         self._product = config.product
         self._state, self._why = "preoperational", "starting"
@@ -116,8 +126,9 @@ class Station:
         """Start cameras and the station's thread; returns at once. Networks are loaded in that thread."""
         on_demand = self.config.trigger == "software"
         for name, camera in self.config.cameras.items():
+            make = partial(self.setting.make_source, name)
             self.cameras[name] = self._stack.enter_context(
-                Camera(f"{self.name}-{name}", camera, partial(self.setting.make_source, name), on_demand=on_demand)
+                Camera(f"{self.name}-{name}", camera, make, on_demand=on_demand, on_frame=self._wake.set)
             )
         self._thread.start()
         return self
@@ -140,13 +151,15 @@ class Station:
     def offer(self, trigger: Trigger) -> None:
         """Take a journalled trigger; never blocks."""
         try:
-            if self.config.trigger != "software":
-                self._finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, "this station runs free"))
+            if self.config.trigger == "free" or (self._matcher is not None and not self._matcher.announced):
+                why = "parts of this station are not told of: it finds them itself"
+                self._finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, why))
                 return
             if self._is_building:  # for minutes: longer than any trigger is worth something
                 self._finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, self._why))
                 return
             self._triggers.put_nowait(trigger)
+            self._wake.set()
         except queue.Full:
             self._finish(trigger, Inspection(Verdict.UNDECIDED, Reason.OVERLOAD, f"{QUEUE} triggers wait already"))
 
@@ -190,6 +203,14 @@ class Station:
             if camera.state is CameraState.FAULT:
                 thing = f"{self.name}/{name}"
                 causes.append(Cause(code="camera_fault", severity="failure", thing=thing, text=camera.fault))
+        if self._matcher is not None and time.monotonic() - self._unfitting_s < _LATELY_S:
+            counts = self._matcher.counts
+            text = f"since the start: {counts.extra} images without a part, {counts.bounced} too soon after another"
+            causes.append(Cause(code="images_unfitting", severity="off_spec", thing=self.name, text=text))
+        output = self.setting.output
+        if output is not None and time.monotonic() - output.missed_s < _LATELY_S:
+            text = f"{output.counts.missed} verdicts since the start came when their part had passed the diverter"
+            causes.append(Cause(code="output_missed", severity="failure", thing=self.name, text=text))
         if self._halted:
             causes.append(Cause(code="halted", severity="check_function", thing=self.name, text="halted by command"))
         return causes
@@ -203,8 +224,12 @@ class Station:
             self._tick = self.setting.watch(self._thread.name)
             while not self._closing.is_set():
                 self._tick()
-                if self.config.trigger == "free" and not self._halted and self._state != "error":
+                if self._halted or self._state == "error":
+                    self._triggered_part()
+                elif self.config.trigger == "free":
                     self._free_part()
+                elif self._matcher is not None:
+                    self._matched_parts(self._matcher)
                 else:
                     self._triggered_part()
         except Exception as error:
@@ -237,7 +262,7 @@ class Station:
             name: EngineState(runtime=engine.runtime, precision=engine.precision, instead=engine.instead)
             for name, engine in engines.items()
         }
-        self._become("continuous_execution" if self.config.trigger == "free" else "ready")
+        self._become("ready" if self.config.trigger == "software" else "continuous_execution")
 
     def _building(self, bundle: str, phase: str, step: int, steps: int) -> None:
         """Tell how far the engine of a bundle is, once a second. Raises InspectorError, which ends the build, at the end."""
@@ -297,6 +322,38 @@ class Station:
             self._finish(self._free_trigger(None), Inspection(Verdict.UNDECIDED, Reason.OVERLOAD, detail))
         self._inspect(self._free_trigger(frame), {name: [frame]})
 
+    def _matched_parts(self, matcher: Matcher) -> None:
+        """Give images that a sensor fired, and announcements, to the matcher; judge what it has put together."""
+        self._wake.wait(_MATCH_WAIT_S)
+        self._wake.clear()
+        ended = 0
+        while not self._triggers.empty():
+            matcher.announce(self._triggers.get_nowait())
+        for name, camera in self.cameras.items():
+            try:
+                while (frame := camera.next(0.0)) is not None:
+                    matcher.seen(name, frame)
+            except CameraEnded:
+                ended += 1
+        for part in matcher.due(time.monotonic()):
+            self._matched_part(part)
+        unfitting = matcher.counts.extra + matcher.counts.bounced
+        if unfitting != self._unfitting:
+            self._unfitting, self._unfitting_s = unfitting, time.monotonic()
+        if ended == len(self.cameras):
+            self.ended.set()
+
+    def _matched_part(self, part: Part) -> None:
+        trigger = part.trigger or self._free_trigger(min(part.frames.values(), key=lambda f: f.captured_s, default=None))
+        if part.doubt:
+            self._finish(trigger, Inspection(Verdict.UNDECIDED, Reason.MISSING_IMAGE, part.doubt))
+        elif not part.frames and part.trigger is None:
+            self._finish(
+                trigger, Inspection(Verdict.UNDECIDED, Reason.OVERLOAD, "an image of every camera was lost on its way")
+            )
+        else:
+            self._inspect(trigger, {name: [frame] for name, frame in part.frames.items()})
+
     def _free_trigger(self, frame: Frame | None) -> Trigger:
         now_s, now = (frame.captured_s, frame.captured_at) if frame else (time.monotonic(), utc_now())
         # Waiting in our own queue is no lateness of the part: a recording is read ahead of its turn.
@@ -304,7 +361,7 @@ class Station:
             now_s, now = time.monotonic(), utc_now()
         left_s = self.expires_ms / 1000
         return Trigger(
-            f"free-{self.setting.session}-{next(self._free_ids)}", now_s, now, now_s + left_s,
+            f"{self.config.trigger}-{self.setting.session}-{next(self._free_ids)}", now_s, now, now_s + left_s,
             now + timedelta(seconds=left_s), (frame.source_id if frame else "") or None, self._product,
         )  # fmt: skip
 
@@ -325,7 +382,7 @@ class Station:
         if frames is None:
             self._tell_ready(busy=True)
             frames = self._triggered_frames(trigger, inspector.recipe)
-        else:
+        elif self.config.trigger == "free":
             self._more_frames(trigger, inspector.recipe, frames)
         captured_ms = (time.perf_counter() - began) * 1e3
         inspection = inspector.inspect(frames)
@@ -400,7 +457,7 @@ class Station:
             times_ms=times if recipe is not None else Times(total=round(total_ms, 2)),
         )  # fmt: skip
         if verdict is not Verdict.PASS:
-            self._tell(result)
+            self._tell(result, trigger)
         if inspection.views:
             title = f"{self.name}  part {trigger.part_id or trigger.trigger_id}  {verdict.value}"
             result = result.model_copy(update={"evidence": self.setting.evidence.keep(inspection.views, title)})
@@ -411,7 +468,7 @@ class Station:
         while True:
             try:
                 future = self.setting.outbox.submit(result, expires_s=trigger.expires_s)
-                future.add_done_callback(partial(self._stored, result.verdict, trigger.expires_s))
+                future.add_done_callback(partial(self._stored, result.verdict, trigger))
                 break
             except OutboxError as error:
                 if self._closing.is_set() or threading.current_thread() is not self._thread:
@@ -420,7 +477,7 @@ class Station:
                 self._tick()
                 self._closing.wait(_WAIT_S)
 
-    def _stored(self, told: Verdict, expires_s: float, future: Future[Result]) -> None:
+    def _stored(self, told: Verdict, trigger: Trigger, future: Future[Result]) -> None:
         """The record is on disk (this is the committer's thread)."""
         if future.exception() is not None:
             return
@@ -429,9 +486,11 @@ class Station:
         counts.passed += result.verdict is Verdict.PASS
         counts.failed += result.verdict is Verdict.FAIL
         counts.undecided += result.verdict is Verdict.UNDECIDED
-        if told is Verdict.PASS and time.monotonic() <= expires_s:
-            self._tell(result)
+        if told is Verdict.PASS and time.monotonic() <= trigger.expires_s:
+            self._tell(result, trigger)
 
-    def _tell(self, result: Result) -> None:
+    def _tell(self, result: Result, trigger: Trigger) -> None:
+        if self.setting.output is not None:
+            self.setting.output.verdict(result.verdict, trigger.received_s)
         if self.voice is not None:
             self.voice.verdict(verdict_of(result))

@@ -1,27 +1,32 @@
 """A GigE Vision camera over real GVCP and GVSP, as a process: python -m tests.gige IP SERIAL. Needs libaravis alone.
 
-Each picture holds its frame's id in its first eight pixels, and is as bright as the exposure makes it.
+Each picture holds its frame's id in its first eight pixels and the part's in front of the camera in the next eight, and is as
+bright as the exposure makes it. Lines on stdin: `part 17` moves part 17 in front, `pulse` is an edge on Line0.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-import time
+import threading
 from typing import Any
 
 import numpy as np
 
 P = ctypes.c_void_p
+TRIGGER_SOURCE, TRIGGER_NOW = 0x304, 0x30C
+LINE_0, SOFTWARE = 0, 1
 
 
 def main() -> None:
+    part, filled = 0, threading.Event()
     arv = ctypes.CDLL("libaravis-0.8.so.0")
     arv.arv_gv_fake_camera_new.restype, arv.arv_gv_fake_camera_new.argtypes = P, [ctypes.c_char_p, ctypes.c_char_p]
     arv.arv_gv_fake_camera_is_running.argtypes = [P]
     arv.arv_gv_fake_camera_get_fake_camera.restype, arv.arv_gv_fake_camera_get_fake_camera.argtypes = P, [P]
     arv.arv_buffer_get_data.restype, arv.arv_buffer_get_data.argtypes = P, [P, P]
     arv.arv_buffer_get_frame_id.restype, arv.arv_buffer_get_frame_id.argtypes = ctypes.c_uint64, [P]
+    arv.arv_fake_camera_write_register.argtypes = [P, ctypes.c_uint32, ctypes.c_uint32]
     for name in ("width", "height"):
         getattr(arv, f"arv_buffer_get_image_{name}").argtypes = [P]
     callback = ctypes.CFUNCTYPE(None, P, P, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32)
@@ -35,14 +40,25 @@ def main() -> None:
         pixels = np.frombuffer(memory, np.uint8)
         pixels[:] = min(255, exposure_us // 100)
         pixels[:8] = np.frombuffer(int(arv.arv_buffer_get_frame_id(buffer)).to_bytes(8, "big"), np.uint8)
+        pixels[8:16] = np.frombuffer(part.to_bytes(8, "big"), np.uint8)
+        filled.set()
 
     camera = arv.arv_gv_fake_camera_new(sys.argv[1].encode(), sys.argv[2].encode())
     if not camera or not arv.arv_gv_fake_camera_is_running(camera):
         sys.exit("the simulator does not run: is its port, UDP 3956, taken?")
     kept = callback(fill)
-    arv.arv_fake_camera_set_fill_pattern(arv.arv_gv_fake_camera_get_fake_camera(camera), kept, None)
+    device = arv.arv_gv_fake_camera_get_fake_camera(camera)
+    arv.arv_fake_camera_set_fill_pattern(device, kept, None)
     print("ready", flush=True)
-    time.sleep(600)
+    for line in sys.stdin:
+        if line.startswith("part "):
+            part = int(line.split()[1])
+        elif line == "pulse\n":  # the simulator has no line: it is told to make one image, and then waits for its line again
+            filled.clear()
+            arv.arv_fake_camera_write_register(device, TRIGGER_SOURCE, SOFTWARE)
+            arv.arv_fake_camera_write_register(device, TRIGGER_NOW, 1)
+            filled.wait(1.0)
+            arv.arv_fake_camera_write_register(device, TRIGGER_SOURCE, LINE_0)
 
 
 if __name__ == "__main__":

@@ -29,18 +29,26 @@ URI = "aravis://127.0.0.1"
 
 
 class Simulator:
-    """One camera on 127.0.0.1; its port is fixed, so there is never a second."""
+    """One camera; its port is fixed, so a second one needs a network of its own: `within` is the command that enters it."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1", within: tuple[str, ...] = ()) -> None:
+        self.address, self.within = address, within
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.gige", "127.0.0.1", "EI01"], stdout=subprocess.PIPE, text=True,
+            [*self.within, sys.executable, "-m", "tests.gige", self.address, "EI01"], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
             cwd=Path(__file__).resolve().parents[1],
         )  # fmt: skip
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
+
+    def tell(self, line: str) -> None:
+        assert self.process is not None
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
 
     def stop(self) -> None:
         if self.process is not None:

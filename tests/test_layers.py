@@ -15,7 +15,7 @@ LINES = [
     {"roi"},
     {"recipes", "bundles", "messages", "pictures"},
     {"config"},
-    {"preprocess", "scoring", "systemd", "documents"},
+    {"matching", "outputs", "preprocess", "scoring", "systemd", "documents"},
     {"cameras", "runtime", "outbox", "mqtt"},
     {"inspector", "broker", "health", "subscriber", "capture"},
     {"evidence"},

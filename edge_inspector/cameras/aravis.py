@@ -258,7 +258,7 @@ class AravisSource:
 
         code = integer(b"PixelFormat") & 0xFFFFFFFF
         try:
-            info = genicam.info_of(code, integer(b"Width"), integer(b"Height"), triggerable=self._trigger.lower() == "software")
+            info = genicam.info_of(code, integer(b"Width"), integer(b"Height"), trigger=self._trigger)
         except KeyError as error:
             raise genicam.not_understood(self.config, f"0x{code:08x}") from error
         check_format(self.config, info)

@@ -88,9 +88,14 @@ class Camera:
         make: Callable[[], Source],
         *,
         on_demand: bool = False,
+        on_frame: Callable[[], None] = lambda: None,
     ) -> None:
-        """`make` gives a fresh Source. `on_demand`: frames are wanted only after `trigger`, the first one since then."""
+        """`make` gives a fresh Source. `on_demand`: frames are wanted only after `trigger`, the first one since then.
+
+        `on_frame` is called in the camera's thread when a frame waits; it must not block.
+        """
         self.name, self.config, self._make, self._on_demand = name, config, make, on_demand
+        self._on_frame = on_frame
         self.state, self.fault = CameraState.CONNECTING, ""
         self.info: Info | None = None
         self.counts = CameraCounts()
@@ -204,6 +209,8 @@ class Camera:
                 if asked and self._is_fresh(frame):
                     self._wanted, missing = 0, 0
                 self._deliver(frame, guard, info)
+            elif info.waits:
+                silent_since = time.monotonic()  # a line may stand still; a source that hangs says so itself
             elif (silence := time.monotonic() - silent_since) > self.config.timeout_ms / 1000:
                 if asked and not missing:  # one missing image is its part's trouble, two are the camera's
                     self._wanted, missing = 0, 1
@@ -247,3 +254,4 @@ class Camera:
             lost, self._lost = self._lost + frame.lost, 0
             self._frames.append(replace(frame, seq=number, lost=lost, epoch=self.counts.reopened))
             self._changed.notify_all()
+        self._on_frame()

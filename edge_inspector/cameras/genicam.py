@@ -46,11 +46,17 @@ def code_of(name: str) -> int:
     return next(code for code, (known, *_) in FORMATS.items() if known == name.removesuffix("Packed"))
 
 
-def info_of(code: int, width: int, height: int, *, fps: float | None = None, triggerable: bool = False) -> Info:
+def info_of(code: int, width: int, height: int, *, trigger: str = "", fps: float | None = None) -> Info:
     """What a camera of this format delivers. Raises KeyError for a format that is not understood."""
     _, kind, channels, colour = FORMATS[code]
     return Info(
-        width, height, 3 if channels > 1 or colour is not None else 1, np.dtype(kind).itemsize * 8, fps, triggerable=triggerable
+        width,
+        height,
+        3 if channels > 1 or colour is not None else 1,
+        np.dtype(kind).itemsize * 8,
+        fps,
+        triggerable=trigger.lower() == "software",
+        waits=trigger.lower() not in ("", "software"),
     )
 
 
@@ -188,5 +194,5 @@ def info_from(nodes: Nodes, config: CameraConfig, trigger: str) -> Info:
     rate = next((text for alias in _ALIASES["fps"] if (text := nodes.text(alias))), None)
     return info_of(
         code, int(nodes.text("Width") or 0), int(nodes.text("Height") or 0),
-        fps=float(rate) if rate and not trigger else None, triggerable=trigger.lower() == "software",
+        trigger=trigger, fps=float(rate) if rate and not trigger else None,
     )  # fmt: skip

@@ -166,7 +166,7 @@ class GstSource:
             if ctypes.cast(message, ctypes.POINTER(_Message)).contents.kind == _END:
                 return ""
             gst.gst_message_parse_error(message, ctypes.byref(error), None)
-            return error.contents.message.decode(errors="replace")
+            return str(error.contents.message.decode(errors="replace"))
         finally:
             gst.gst_mini_object_unref(message)
 

@@ -41,6 +41,9 @@ _MESSAGE = 8192
 _OPEN_MARGIN_S = 10.0
 """Beside the camera's own timeout: starting Python and importing OpenCV on a busy machine."""
 _PR_SET_PDEATHSIG = 1
+_ALIVE = b"{}"
+_HANGS_S = 2.0
+"""Beside the camera's own timeout: a child that says nothing at all for so long is stuck in its driver."""
 _IDLE_S = 0.25
 _TRIGGER = b"t"
 _UNPACED_S = 0.04
@@ -75,7 +78,7 @@ class IsolatedSource:
         self.config, self.base = config, base
         self._child: subprocess.Popen[bytes] | None = None
         self._ring: _Ring | None = None
-        self._lost = 0
+        self._lost, self._heard_s = 0, 0.0
 
     def open(self) -> Info:
         """Start the child and wait for its camera, within the camera's timeout. Raises CameraError."""
@@ -97,7 +100,11 @@ class IsolatedSource:
     def read(self, timeout_s: float) -> Frame | None:
         """The next frame, copied out of the ring. Raises CameraEnded, CameraError (also when the child died)."""
         end = time.monotonic() + timeout_s
+        if time.monotonic() - self._heard_s > self.config.timeout_ms / 1000 + _HANGS_S:
+            raise CameraError(f"{self.config.name}: its process hangs", hint="the driver may be stuck")
         while (message := self._received(max(0.0, end - time.monotonic()))) is not None:
+            if "frame" not in message:  # it lives
+                continue
             frame = self._copied(message["frame"])
             if frame is not None:
                 return frame
@@ -111,6 +118,7 @@ class IsolatedSource:
         if not data:
             code = self._child.poll() if self._child else None
             raise CameraError(f"{self.config.name}: the camera process ended ({code})", hint="the driver may have crashed")
+        self._heard_s = time.monotonic()
         message: dict[str, Any] = json.loads(data)
         if "error" in message:
             kind = CameraEnded if message["ended"] else CameraError
@@ -235,6 +243,9 @@ def _child(channel: socket.socket, specification: dict[str, Any]) -> None:
             frame = source.read(config.timeout_ms / 1000 if called or not triggered else 0.0)
             if frame is not None and (called or not triggered):
                 sender.send(frame)
+            else:
+                with contextlib.suppress(BlockingIOError):
+                    channel.send(_ALIVE, socket.MSG_DONTWAIT)
     except CameraError as error:
         told = {"error": error.message, "hint": error.hint, "ended": isinstance(error, CameraEnded)}
         channel.send(json.dumps(told).encode())

@@ -23,6 +23,8 @@ class Info:
     fps: float | None = None
     triggerable: bool = False
     """Makes an image when told to; others deliver all the time."""
+    waits: bool = False
+    """Makes an image when a line of its own is pulsed: silence is no fault."""
     pulled: bool = False
     """Makes the next frame only when asked: waiting costs nothing and nothing overflows."""
     simulated: bool = False

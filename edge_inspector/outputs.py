@@ -1,0 +1,215 @@
+"""Wires to the line: pulses for a verdict, and a heartbeat that ends with the process.
+
+`ok` is pulsed for a pass, `reject` for everything else, each at its own delay after the trigger, when the part is where the
+diverter stands. A fail is pulsed at once, a pass only when its record is on disk: the caller sees to that. What must never be:
+a pulse that comes so late that it meets the next part; a heartbeat without a daemon that judges.
+
+A killed process leaves its lines as the chip likes, most likely as they were. So wire `ok` through a relay that the heartbeat
+holds: it drops when the edges stop.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from types import TracebackType
+from typing import Any, Protocol
+
+from edge_inspector.config import OutputConfig, PulseConfig
+from edge_inspector.errors import OutputError
+from edge_inspector.results import Verdict
+
+log = logging.getLogger(__name__)
+
+HINT = 'pip install "edge-inspector[gpiod]"'
+ALIVE_S = 2.0
+"""For how long the daemon's last sign of life keeps the heartbeat going."""
+_IDLE_S = 1.0
+_PAGE = 4096
+
+
+class Lines(Protocol):
+    """Output lines of one chip, requested together, all inactive at first."""
+
+    def set(self, line: int, active: bool) -> None:
+        """Raises OSError."""
+        ...
+
+    def close(self) -> None:
+        """Let go of them."""
+        ...
+
+
+class GpiodLines:
+    """Lines of a real chip, by the kernel's character device (libgpiod 2). Raises OutputError where they cannot be had."""
+
+    def __init__(self, chip: str, lines: Mapping[int, bool]) -> None:
+        """`lines`: number -> whether it is active when low."""
+        try:
+            import gpiod  # noqa: PLC0415 - an extra
+            from gpiod.line import Direction, Value  # noqa: PLC0415
+        except ImportError as error:
+            raise OutputError(f"gpiod cannot be loaded: {error}", hint=HINT) from error
+        self._values = {False: Value.INACTIVE, True: Value.ACTIVE}
+        settings: dict[Any, Any] = {
+            line: gpiod.LineSettings(direction=Direction.OUTPUT, output_value=Value.INACTIVE, active_low=low)
+            for line, low in lines.items()
+        }
+        try:
+            self._request: Any = gpiod.request_lines(chip, consumer="edge-inspector", config=settings)
+        except (OSError, ValueError) as error:
+            told = f"{chip}, lines {', '.join(map(str, lines))}: {error}"
+            raise OutputError(
+                told, hint="gpioinfo lists chips and lines; may this user open it, and does nobody else?"
+            ) from error
+
+    def set(self, line: int, active: bool) -> None:
+        """Drive a line."""
+        self._request.set_value(line, self._values[active])
+
+    def close(self) -> None:
+        """Release the lines."""
+        self._request.release()
+
+
+class FileLines:
+    """A chip that is a file, one byte for each line, for trials without hardware: `chip: file:///tmp/lines`.
+
+    It shows voltages: an active line that is `active_low` is 0. Like a chip, it keeps them when the process dies.
+    """
+
+    def __init__(self, chip: str, lines: Mapping[int, bool]) -> None:
+        """`lines`: number -> whether it is active when low."""
+        try:
+            descriptor = os.open(chip.removeprefix("file://"), os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                os.ftruncate(descriptor, _PAGE)
+                self._voltages = mmap.mmap(descriptor, _PAGE)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise OutputError(f"{chip}: {error.strerror}", hint="a file in a folder that exists") from error
+        self._low = dict(lines)
+        for line in lines:
+            self.set(line, False)
+
+    def set(self, line: int, active: bool) -> None:
+        """Drive a line."""
+        self._voltages[line] = active != self._low[line]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._voltages.close()
+
+
+def opened(chip: str, lines: Mapping[int, bool]) -> Lines:
+    """The lines of a chip. Raises OutputError."""
+    return FileLines(chip, lines) if chip.startswith("file://") else GpiodLines(chip, lines)
+
+
+@dataclass
+class OutputCounts:
+    """What happened since the start."""
+
+    pulses: int = 0
+    missed: int = 0
+    """Verdicts that came when their part had passed the diverter."""
+
+
+class Outputs:
+    """Drives the lines of one station in a thread of its own. Use as a context manager."""
+
+    def __init__(
+        self, station: str, config: OutputConfig, *, make: Callable[[str, Mapping[int, bool]], Lines] = opened
+    ) -> None:
+        """Nothing is opened before `__enter__`."""
+        self.config = config
+        self.counts = OutputCounts()
+        self.missed_s = float("-inf")
+        self.failure: Exception | None = None
+        self._make = make
+        self._alive_s = float("-inf")
+        self._agenda: list[tuple[float, int, int, bool]] = []
+        self._numbers = count()
+        self._last_off: dict[int, float] = {}
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=f"outputs-{station}", daemon=True)
+
+    def __enter__(self) -> Outputs:
+        """Open the lines, all inactive. Raises OutputError."""
+        self._lines = self._make(self.config.chip, self.config.lines)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """All lines inactive, then let go."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(2.0)
+
+    def alive(self) -> None:
+        """The daemon judges: the heartbeat may go on for ALIVE_S."""
+        self._alive_s = time.monotonic()
+
+    def verdict(self, verdict: Verdict, triggered_s: float) -> None:
+        """Pulse the line of a verdict when its part is at the diverter; never blocks."""
+        pulse = self.config.ok if verdict is Verdict.PASS else self.config.reject
+        if pulse is None:
+            return
+        at_s, now_s = triggered_s + pulse.delay_ms / 1e3, time.monotonic()
+        with self._changed:
+            if at_s + pulse.pulse_ms / 1e3 < now_s and pulse.delay_ms:
+                self.counts.missed += 1
+                self.missed_s = now_s
+                return
+            self._schedule(pulse, max(at_s, now_s))
+
+    def _schedule(self, pulse: PulseConfig, on_s: float) -> None:
+        off_s = on_s + pulse.pulse_ms / 1e3
+        # A pulse that meets the one before it prolongs it: only the last of them ends the line's being active.
+        self._last_off[pulse.line] = max(off_s, self._last_off.get(pulse.line, off_s))
+        for at_s, active in ((on_s, True), (off_s, False)):
+            heapq.heappush(self._agenda, (at_s, next(self._numbers), pulse.line, active))
+        self.counts.pulses += 1
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        beat, beats_s, high = self.config.heartbeat, 0.0, False
+        try:
+            while not self._closing:
+                now_s = time.monotonic()
+                for line, active in self._due(now_s):
+                    self._lines.set(line, active)
+                if beat is not None and now_s >= beats_s and now_s - self._alive_s < ALIVE_S:
+                    beats_s, high = now_s + beat.period_ms / 2e3, not high
+                    self._lines.set(beat.line, high)
+                next_s = now_s + _IDLE_S if beat is None else max(beats_s, now_s + beat.period_ms / 20e3)
+                with self._changed:
+                    next_s = min(next_s, self._agenda[0][0]) if self._agenda else next_s
+                    if not self._closing:
+                        self._changed.wait(max(0.0, next_s - time.monotonic()))
+            for line in self.config.lines:
+                self._lines.set(line, False)
+        except Exception as error:  # root of a thread: the heartbeat ends with it, and the daemon says why
+            log.exception("outputs on %s", self.config.chip)
+            self.failure = error
+        finally:
+            self._lines.close()
+
+    def _due(self, now_s: float) -> list[tuple[int, bool]]:
+        due = []
+        with self._changed:
+            while self._agenda and self._agenda[0][0] <= now_s:
+                _, _, line, active = heapq.heappop(self._agenda)
+                if active or now_s >= self._last_off[line]:
+                    due.append((line, active))
+        return due
