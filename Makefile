@@ -6,7 +6,10 @@ VENV ?= .venv
 # TORCH= leaves training, and its tests, out. EDGE_INSPECTOR_NVIDIA=1 fetches and builds NVIDIA's parts, so that no test of
 # them is left out.
 TORCH ?= torch==2.13.0
+# ARGS: for pytest.
+ARGS ?=
 BIN = $(VENV)/bin
+GST = /usr/bin/python3 -c 'import gi; gi.require_version("GstRtspServer", "1.0"); from gi.repository import GstRtspServer'
 APT = command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]
 
 .PHONY: demo test lint
@@ -22,7 +25,13 @@ test: $(VENV)/.test $(if $(EDGE_INSPECTOR_NVIDIA),$(VENV)/.nvidia)
 	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libaravis-0.8.so.0")' 2>/dev/null || { $(APT) && apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends libaravis-0.8-0 >/dev/null; } || \
 	  echo "left out: GigE Vision cameras (apt install libaravis-0.8-0)"
-	$(BIN)/python -m pytest
+	@$(GST) 2>/dev/null || { $(APT) && apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+	  python3-gi gir1.2-gst-rtsp-server-1.0 gir1.2-gst-plugins-base-1.0 gstreamer1.0-plugins-base gstreamer1.0-plugins-good \
+	  gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly >/dev/null && $(GST); } || \
+	  echo "left out: RTSP and GStreamer cameras (apt install python3-gi gir1.2-gst-rtsp-server-1.0 and GStreamer's plugins)"
+	@command -v cc >/dev/null || { $(APT) && apt-get install -y -qq gcc libc6-dev >/dev/null; } || \
+	  echo "left out: V4L2 cameras and GPIO (no C compiler for their stand-ins)"
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -48,5 +57,5 @@ $(VENV)/.nvidia: tests/nvidia/install.sh | $(VENV)/.test
 
 $(VENV)/.test: $(VENV)/.demo
 	@[ -z "$(TORCH)" ] || $(BIN)/pip install -q $(TORCH) -e ".[train]"
-	$(BIN)/pip install -q onnx -e ".[test]"
+	$(BIN)/pip install -q onnx -e ".[test,pylon,gentl,gpiod]"
 	@touch $@

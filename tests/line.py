@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+
 from edge_inspector.config import BrokerConfig, Device, load_device
 from edge_inspector.messages import Topics
 from edge_inspector.mqtt import Connection, Message
@@ -34,6 +36,23 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def needed(found: object, install: str) -> None:
+    """Skip the test by name where something is not installed; in CI that is a failure."""
+    if not found:
+        message = f"not installed: {install}"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+
+
+def preloadable(name: str, folder: Path) -> str:
+    """Compile tests/NAME.c, a stand-in for a device, into a library for LD_PRELOAD."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    needed(compiler, "apt install gcc libc6-dev")
+    library, source = folder / f"{name}.so", Path(__file__).with_name(f"{name}.c")
+    command = [str(compiler), "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(command, check=True)
+    return str(library)
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 15.0, what: str = "condition") -> Any:

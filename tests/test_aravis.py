@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,11 +16,11 @@ import numpy as np
 import pytest
 
 from edge_inspector.cameras import Camera, CameraState, genicam
-from edge_inspector.cameras.aravis import HINT, LIBRARY, AravisSource
+from edge_inspector.cameras.aravis import HINT, AravisSource, library
 from edge_inspector.cameras.sources import open_source
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
-from tests.line import until
+from tests.line import needed, until
 from tests.test_cameras import taken
 
 URI = "aravis://127.0.0.1"
@@ -45,10 +43,19 @@ class Simulator:
         assert self.process.stdout.readline() == "ready\n"
 
     def tell(self, line: str) -> None:
+        self.say(line)
+        self.done()
+
+    def say(self, line: str) -> None:
         assert self.process is not None
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
+
+    def done(self) -> None:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "done\n"
 
     def stop(self) -> None:
         if self.process is not None:
@@ -57,13 +64,18 @@ class Simulator:
             self.process = None
 
 
+def installed() -> bool:
+    """Whether libaravis is there."""
+    try:
+        library()
+    except CameraError:
+        return False
+    return True
+
+
 @pytest.fixture
 def simulator() -> Iterator[Simulator]:
-    try:
-        ctypes.CDLL(LIBRARY)
-    except OSError:
-        message = f"libaravis is not installed: {HINT}"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    needed(installed(), HINT)
     found = Simulator()
     found.start()
     yield found
@@ -168,10 +180,7 @@ def test_cameras_that_answer_are_listed_with_the_uri_that_opens_them(simulator: 
 
 
 def test_nobody_there_is_told_with_what_to_do() -> None:
-    try:
-        ctypes.CDLL(LIBRARY)
-    except OSError:
-        pytest.skip(f"libaravis is not installed: {HINT}")
+    needed(installed(), HINT)
     source = AravisSource(CameraConfig(uri="gige://127.0.0.9"), Path("/"))
     with pytest.raises(CameraError, match="gige://127.0.0.9: cannot be opened: ") as caught:
         source.open()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from edge_inspector.config import OutputConfig
 from edge_inspector.errors import OutputError
 from edge_inspector.outputs import Outputs
 from edge_inspector.results import Verdict
-from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, listening, until
+from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, listening, needed, preloadable, until
 
 OK, REJECT, BEAT = 3, 5, 7
 CHIP = "/dev/gpiochip99"
@@ -30,19 +30,8 @@ def chip(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, dic
     voltages.write_bytes(bytes(64))
     if request.param == "file":
         return f"file://{voltages}", voltages, {}
-    try:
-        import gpiod  # noqa: F401
-    except ImportError:
-        message = 'gpiod is not installed: pip install "edge-inspector[gpiod]"'
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        message = "no C compiler for the stand-in of a GPIO chip: apt install gcc libc6-dev"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    library = tmp_path / "gpiochip.so"
-    source = Path(__file__).with_name("gpiochip.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, source, "-ldl"], check=True)
-    return CHIP, voltages, {"LD_PRELOAD": str(library), "GPIOCHIP": str(voltages)}
+    needed(importlib.util.find_spec("gpiod"), 'pip install "edge-inspector[gpiod]"')
+    return CHIP, voltages, {"LD_PRELOAD": preloadable("gpiochip", tmp_path), "GPIOCHIP": str(voltages)}
 
 
 class Watch:

@@ -55,6 +55,48 @@ def graph(weight: float = 1.0) -> bytes:
     return data
 
 
+CODED_SIDE = 64
+CODE_AT = 13
+"""Where a frame of tests.gige holds the last three bytes of its part's number, in the first row."""
+
+
+def coded_graph() -> bytes:
+    """A network whose score is the number of the part that the pixels show: what was judged stands in the result."""
+    weights = np.zeros((CODED_SIDE * CODED_SIDE, 1), np.float32)
+    weights[CODE_AT : CODE_AT + 3, 0] = (65536, 256, 1)
+    nodes = [
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT, name="/Cast"),
+        helper.make_node("Reshape", ["pixels", "flat"], ["row"], name="/Reshape"),
+        helper.make_node("MatMul", ["row", "weights"], ["number"], name="/MatMul"),
+        helper.make_node("Squeeze", ["number", "one"], ["score"], name="/Squeeze"),
+        helper.make_node("Cast", ["valid"], ["map"], to=TensorProto.FLOAT, name="/Cast_1"),
+    ]
+    constants = [
+        numpy_helper.from_array(weights, "weights"), numpy_helper.from_array(np.array([1], np.int64), "one"),
+        numpy_helper.from_array(np.array([-1, CODED_SIDE * CODED_SIDE], np.int64), "flat"),
+    ]  # fmt: skip
+    shapes: dict[str, list[str | int | None]] = {
+        "image": ["N", CODED_SIDE, CODED_SIDE, 1],
+        "valid": ["N", CODED_SIDE, CODED_SIDE],
+    }
+    inputs = [helper.make_tensor_value_info(name, TensorProto.UINT8, shape) for name, shape in shapes.items()]
+    outputs = [
+        helper.make_tensor_value_info("score", TensorProto.FLOAT, ["N"]),
+        helper.make_tensor_value_info("map", TensorProto.FLOAT, ["N", CODED_SIDE, CODED_SIDE]),
+    ]
+    made = helper.make_graph(nodes, "coded", inputs, outputs, constants)
+    data: bytes = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    return data
+
+
+def coded_bundle(folder: Path) -> Bundle:
+    """A signed bundle `coded` in `folder`, trusted by folder/trust. It passes whatever it judges."""
+    sample = np.full((CODED_SIDE, CODED_SIDE), 128, np.uint8)
+    sample[0, CODE_AT : CODE_AT + 3] = (0, 1, 4)
+    spec = InputSpec(height=CODED_SIDE, width=CODED_SIDE, channels=1, order="grey")
+    return _signed(folder, "coded", coded_graph(), spec, {"sample-260.png": (sample, 260.0)}, threshold=2.0**24)
+
+
 def picture(level: int, *, size: int = SIDE) -> NDArray[np.uint8]:
     """Grey, with a square of that level in its middle."""
     image = np.full((size, size, 3), 128, np.uint8)
@@ -71,20 +113,29 @@ def tiny_bundle(
     folder: Path, *, name: str = "tiny", weight: float = 1.0, threshold: float = 0.5, levels: tuple[int, ...] = (140, 220)
 ) -> Bundle:
     """A signed bundle in folder/NAME, trusted by folder/trust, with a sample of each level."""
+    samples = {f"sample-{level}.png": (picture(level), score_of(level)) for level in levels}
+    return _signed(folder, name, graph(weight), InputSpec(height=SIDE, width=SIDE), samples, threshold)
+
+
+def _signed(
+    folder: Path,
+    name: str,
+    network: bytes,
+    spec: InputSpec,
+    shown: dict[str, tuple[NDArray[np.uint8], float]],
+    threshold: float,
+) -> Bundle:
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
-    (place / "network.onnx").write_bytes(graph(weight))
-    samples = []
-    for level in levels:
-        file = f"sample-{level}.png"
-        pictures.write(place / file, picture(level))
-        samples.append(Sample(file=file, score=score_of(level), verdict=judge(score_of(level), threshold)[0]))
+    (place / "network.onnx").write_bytes(network)
+    for file, (image, _) in shown.items():
+        pictures.write(place / file, image)
+    samples = [Sample(file=file, score=score, verdict=judge(score, threshold)[0]) for file, (_, score) in shown.items()]
+    trained = TrainedOn(digest="0", pictures=1, height_px=spec.height, width_px=spec.width, depth_bits=8)
     manifest = Manifest(
-        schema="ei.bundle.v1", name=name, release=1, product="tiny", created_at=utc_now(), network="tiny: by hand",
-        input=InputSpec(height=SIDE, width=SIDE), threshold=threshold, scale=1.0, samples=tuple(samples),
-        calibration=Calibration(n=1, alpha=0.5, confidence=0.5, kept=True, scores=(0.1,)),
-        training=TrainedOn(digest="0", pictures=1, height_px=SIDE, width_px=SIDE, depth_bits=8), min_version="0.1.0",
-        files=bundles.file_entries(place),
+        schema="ei.bundle.v1", name=name, release=1, product="tiny", created_at=utc_now(), network=f"{name}: by hand",
+        input=spec, threshold=threshold, scale=1.0, samples=tuple(samples), training=trained, min_version="0.1.0",
+        calibration=Calibration(n=1, alpha=0.5, confidence=0.5, kept=True, scores=(0.1,)), files=bundles.file_entries(place),
     )  # fmt: skip
     bundles.write_manifest(place, manifest)
     key = folder / "keys" / "signing.key"

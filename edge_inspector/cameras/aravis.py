@@ -2,7 +2,7 @@
 
 By ctypes on the system's library (Debian and Ubuntu: libaravis-0.8-0), so that no Python package is needed. Names of features
 are GenICam's (SFNC). Every setting is read back; the library's own range check is on, or it would take values no camera has.
-All calls were measured to return in time: 5 s at most where a camera has vanished.
+Run in a child process: calls to a camera that has vanished were seen to take up to 5 s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
-from edge_inspector.cameras.source import Address, Found, Info, check_format
+from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, check_format, moment
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 from edge_inspector.frames import Frame, frozen
@@ -152,7 +152,7 @@ class AravisSource:
         self.config = config
         self._camera = self._stream = self._device = None
         self._seq, self._last_id, self._gone = 0, 0, False
-        self._clock = genicam.DeviceClock()
+        self._clock = DeviceClock()
 
     def open(self) -> Info:
         """Open, set, read back, start. Raises CameraError."""
@@ -294,7 +294,7 @@ class AravisSource:
         memory: Any = (ctypes.c_uint8 * size.value).from_address(data)
         width, height = arv.buffer_get_image_width(buffer), arv.buffer_get_image_height(buffer)
         image = frozen(genicam.pixels(memory, arv.buffer_get_image_pixel_format(buffer), width, height))
-        return Frame(image, seq, captured_s, genicam.moment(captured_s), "device" if stamp else "arrival", str(identity), lost)
+        return Frame(image, seq, captured_s, moment(captured_s), "device" if stamp else "arrival", str(identity), lost)
 
     def trigger(self) -> None:
         """Make an image now. Raises CameraError."""

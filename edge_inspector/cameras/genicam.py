@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from datetime import datetime, timedelta, timezone
 from typing import Any, Protocol
 
 import cv2
@@ -82,34 +79,6 @@ def gap(last: int, now: int) -> int:
         return now - last - 1
     steps = now + BLOCK_IDS - last - 1
     return steps if last <= BLOCK_IDS and steps < BLOCK_IDS // 2 else 0
-
-
-class DeviceClock:
-    """Brings a camera's own timestamps to our monotonic clock.
-
-    A frame arrives some time after its exposure, never before: the smallest difference between arrival and timestamp is
-    the one with the least delay in it. The last minute counts, so that two clocks may drift apart.
-    """
-
-    WINDOW_S = 30.0
-
-    def __init__(self) -> None:
-        self._least: deque[tuple[float, float]] = deque(maxlen=2)
-        """Least differences: of the window before, of this one; each with its beginning."""
-
-    def captured_s(self, device_s: float, arrived_s: float) -> float:
-        """time.monotonic() of a frame's timestamp; never later than its arrival."""
-        difference = arrived_s - device_s
-        if not self._least or arrived_s - self._least[-1][0] > self.WINDOW_S:
-            self._least.append((arrived_s, difference))
-        elif difference < self._least[-1][1]:
-            self._least[-1] = (self._least[-1][0], difference)
-        return device_s + min(least for _, least in self._least)
-
-
-def moment(captured_s: float) -> datetime:
-    """The wall clock's time of a monotonic one."""
-    return datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - captured_s)
 
 
 class Nodes(Protocol):

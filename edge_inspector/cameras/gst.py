@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_inspector.cameras.genicam import moment
-from edge_inspector.cameras.source import Address, Info, check_format
+from edge_inspector.cameras.source import Address, Info, check_format, moment
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraEnded, CameraError
 from edge_inspector.frames import Frame, Pixels, frozen

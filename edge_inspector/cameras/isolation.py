@@ -45,6 +45,7 @@ _ALIVE = b"{}"
 _HANGS_S = 2.0
 """Beside the camera's own timeout: a child that says nothing at all for so long is stuck in its driver."""
 _IDLE_S = 0.25
+_LEAVE_S = 0.5
 _TRIGGER = b"t"
 _UNPACED_S = 0.04
 """Between two frames of a recording that has no rate of its own."""
@@ -155,15 +156,21 @@ class IsolatedSource:
             raise CameraError(f"{self.config.name}: the camera process does not listen: {error.strerror}") from error
 
     def close(self) -> None:
-        """Kill the child. One that is stuck in the kernel is not waited for."""
-        if self._child is None:
+        """End the child: it lets go of its camera, which would stay taken for seconds otherwise, or is killed.
+
+        One that is stuck in the kernel is not waited for.
+        """
+        child, self._child = self._child, None
+        if child is None:
             return
         self._socket.close()
         self._ring = None
-        self._child.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # dead as soon as the driver lets go; Popen reaps it later
-            self._child.wait(0.5)
-        self._child = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_LEAVE_S)
+        if child.poll() is None:
+            child.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # dead as soon as the driver lets go; Popen reaps it later
+                child.wait(_LEAVE_S)
 
 
 # --- the child

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Literal
 
 import cv2
 
-from edge_inspector.cameras.source import Address, Info, check_format
+from edge_inspector.cameras.source import Address, DeviceClock, Info, check_format, moment
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
-from edge_inspector.frames import Frame, frozen, utc_now
+from edge_inspector.frames import Frame, frozen
 
 ENVIRONMENT = {
     "OPENCV_FFMPEG_IS_THREAD_SAFE": "1",
@@ -19,6 +20,10 @@ ENVIRONMENT = {
     "OPENCV_LOG_LEVEL": "ERROR",
 }
 """What the child's OpenCV must find before it is imported."""
+_DRAIN_S = 2.0
+_LIVE_SHARE = 0.3
+"""A frame that took this share of its period to come was waited for, not kept."""
+_OLDEST_S = 60.0
 _STEP = 0.02
 """A frame rate may be off by this share: cameras round."""
 
@@ -30,12 +35,14 @@ class OpencvSource:
         self.config = config
         self._capture: cv2.VideoCapture | None = None
         self._seq = 0
+        self._kernel_stamps = Address.of(config.uri).scheme == "v4l2"
+        self._clock, self._stamp = DeviceClock(), 0.0
 
     def open(self) -> Info:
         """Open, set, read back. Raises CameraError."""
         config, address = self.config, Address.of(self.config.uri)
         timeout = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, config.timeout_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, config.timeout_ms]
-        if address.scheme == "v4l2":
+        if self._kernel_stamps:
             capture = cv2.VideoCapture(address.place, cv2.CAP_V4L2)
             hint = "is it plugged in, and may this user open it? ls -l /dev/v4l/by-id"
         else:
@@ -56,6 +63,8 @@ class OpencvSource:
         if not done or first is None or not first.size:
             raise CameraError(f"{config.name}: opened, but gives no frame", hint=hint)
         fps = capture.get(cv2.CAP_PROP_FPS)
+        if not self._kernel_stamps:
+            self._drain(capture, fps)
         info = Info(first.shape[1], first.shape[0], 1 if first.ndim == 2 else 3, first.dtype.itemsize * 8, fps or None)
         check_format(config, info)
         if config.fps is not None and abs(fps - config.fps) > _STEP * config.fps:
@@ -74,7 +83,26 @@ class OpencvSource:
         if now - began >= min(timeout_s, self.config.timeout_ms / 1000):
             return None
         self._seq += 1
-        return Frame(frozen(image), self._seq - 1, now, utc_now())
+        captured_s, clock = self._when(self._capture, now)
+        return Frame(frozen(image), self._seq - 1, captured_s, moment(captured_s), clock)
+
+    def _when(self, capture: cv2.VideoCapture, arrived_s: float) -> tuple[float, Literal["device", "kernel", "arrival"]]:
+        """When a frame was made: after a pause the oldest come first, and look as new as any."""
+        stamp = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        if self._kernel_stamps:
+            known = 0.0 <= arrived_s - stamp < _OLDEST_S
+            return (stamp, "kernel") if known else (arrived_s, "arrival")
+        if stamp <= self._stamp:  # none, or the stream's time was set anew
+            self._clock = DeviceClock()
+        self._stamp = stamp
+        return (self._clock.captured_s(stamp, arrived_s), "device") if stamp > 0 else (arrived_s, "arrival")
+
+    def _drain(self, capture: cv2.VideoCapture, fps: float) -> None:
+        """Let go of what the server or FFmpeg has kept: up to a second of it comes at once, then each frame in its time."""
+        end = time.monotonic() + _DRAIN_S
+        while (began := time.monotonic()) < end:
+            if not capture.grab() or time.monotonic() - began > _LIVE_SHARE / max(1.0, fps):
+                return
 
     def trigger(self) -> None:
         """These cameras run free."""

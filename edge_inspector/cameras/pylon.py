@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
-from edge_inspector.cameras.source import Address, Found, Info, check_format
+from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, check_format, moment
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 from edge_inspector.frames import Frame, frozen
@@ -68,7 +68,7 @@ class PylonSource:
         self.config = config
         self._camera: Any = None
         self._seq = self._last_id = 0
-        self._clock = genicam.DeviceClock()
+        self._clock = DeviceClock()
 
     def open(self) -> Info:
         """Open, set, read back, start. Raises CameraError."""
@@ -117,7 +117,7 @@ class PylonSource:
         with result.GetArrayZeroCopy(raw=True) as memory:
             image = genicam.pixels(memory, result.GetPixelType(), result.GetWidth(), result.GetHeight())
         clock: Literal["device", "arrival"] = "device" if stamp else "arrival"
-        return Frame(frozen(image), seq, captured_s, genicam.moment(captured_s), clock, str(identity), lost)
+        return Frame(frozen(image), seq, captured_s, moment(captured_s), clock, str(identity), lost)
 
     def trigger(self) -> None:
         """Make an image now. Raises CameraError."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -108,3 +111,31 @@ def check_format(config: CameraConfig, info: Info) -> None:
                 f"{config.name}: {name} {found}, the configuration sets {wanted}",
                 hint="set a size that the camera offers, or none",
             )
+
+
+class DeviceClock:
+    """Brings a camera's own timestamps, or a stream's, to our monotonic clock.
+
+    A frame arrives some time after its exposure, never before: the smallest difference between arrival and timestamp is
+    the one with the least delay in it. The last minute counts, so that two clocks may drift apart.
+    """
+
+    WINDOW_S = 30.0
+
+    def __init__(self) -> None:
+        self._least: deque[tuple[float, float]] = deque(maxlen=2)
+        """Least differences: of the window before, of this one; each with its beginning."""
+
+    def captured_s(self, device_s: float, arrived_s: float) -> float:
+        """time.monotonic() of a frame's timestamp; never later than its arrival."""
+        difference = arrived_s - device_s
+        if not self._least or arrived_s - self._least[-1][0] > self.WINDOW_S:
+            self._least.append((arrived_s, difference))
+        elif difference < self._least[-1][1]:
+            self._least[-1] = (self._least[-1][0], difference)
+        return device_s + min(least for _, least in self._least)
+
+
+def moment(captured_s: float) -> datetime:
+    """The wall clock's time of a monotonic one."""
+    return datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - captured_s)

@@ -20,11 +20,11 @@ _KINDS: dict[str, Callable[[CameraConfig, Path], Source]] = {
     "dir": FolderSource,
     "file": VideoSource,
     "synthetic": SyntheticSource,
-    **dict.fromkeys(("aravis", "gige", "u3v"), aravis.AravisSource),
 }
 _ISOLATED: dict[str, Callable[[CameraConfig, Path], Source]] = {
     **dict.fromkeys(("http", "https"), MjpegSource), **dict.fromkeys(("gst", "csi"), GstSource),
     **dict.fromkeys(("v4l2", "rtsp", "rtsps"), OpencvSource), "pylon": pylon.PylonSource, "gentl": gentl.GentlSource,
+    **dict.fromkeys(("aravis", "gige", "u3v"), aravis.AravisSource),
 }  # fmt: skip
 """These can hang, or crash: they are a vendor's library, or FFmpeg."""
 
