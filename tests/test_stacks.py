@@ -120,7 +120,7 @@ def test_a_basler_camera_that_is_not_there_is_told_with_those_that_are(pylon: Py
 def test_frames_of_a_gentl_producer_come_in_its_format_and_at_its_rate(gentl: Gentl) -> None:
     with camera(gentl.uri, fps=100, width=200, height=160, pixel_format="Mono8") as source:
         frames = taken(source, 30)
-        assert str(source.info) == "200x160, 1 channel(s), 8 bit at 100/s"
+        assert str(source.info) == "200x160, 1 channel(s), 8 bit at 100/s, PixelFormat Mono8"
     assert all(f.image.shape == (160, 200) and f.image.dtype == np.uint8 for f in frames)
     ids = [int(f.source_id) for f in frames]
     assert ids == sorted(set(ids))

@@ -7,6 +7,7 @@ Run in a child process: calls to a camera that has vanished were seen to take up
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from collections.abc import Callable
@@ -56,22 +57,15 @@ _CALLS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "arv_camera_set_trigger": (None, (_P, _S), True), "arv_camera_clear_triggers": (None, (_P,), True),
     "arv_camera_software_trigger": (None, (_P,), True), "arv_camera_get_payload": (ctypes.c_uint, (_P,), True),
     "arv_camera_create_stream": (_P, (_P, _P, _P), True), "arv_camera_start_acquisition": (None, (_P,), True),
-    "arv_camera_stop_acquisition": (None, (_P,), True), "arv_camera_set_frame_rate": (None, (_P, _D), True),
-    "arv_camera_get_frame_rate": (_D, (_P,), True), "arv_camera_gv_set_packet_size": (None, (_P, _B), True),
-    "arv_camera_gv_auto_packet_size": (ctypes.c_uint, (_P,), True), "arv_camera_is_gv_device": (_B, (_P,), False),
-    "arv_camera_get_exposure_time": (_D, (_P,), True), "arv_camera_set_exposure_time": (None, (_P, _D), True),
-    "arv_camera_get_gain": (_D, (_P,), True), "arv_camera_set_gain": (None, (_P, _D), True),
+    "arv_camera_stop_acquisition": (None, (_P,), True), "arv_camera_is_gv_device": (_B, (_P,), False),
+    "arv_camera_gv_auto_packet_size": (ctypes.c_uint, (_P,), True),
     "arv_device_set_range_check_policy": (None, (_P, _B), False),
-    "arv_device_get_integer_feature_value": (_I64, (_P, _S), True),
-    "arv_device_set_integer_feature_value": (None, (_P, _S, _I64), True),
-    "arv_device_get_float_feature_value": (_D, (_P, _S), True),
-    "arv_device_set_float_feature_value": (None, (_P, _S, _D), True),
-    "arv_device_get_boolean_feature_value": (_B, (_P, _S), True),
-    "arv_device_set_boolean_feature_value": (None, (_P, _S, _B), True),
-    "arv_device_get_string_feature_value": (_S, (_P, _S), True),
-    "arv_device_set_string_feature_value": (None, (_P, _S, _S), True),
+    "arv_device_get_feature": (_P, (_P, _S), False),
+    "arv_gc_feature_node_get_value_as_string": (_S, (_P,), True),
+    "arv_gc_feature_node_set_value_from_string": (None, (_P, _S), True),
     "arv_device_get_integer_feature_bounds": (None, (_P, _S, _P, _P), True),
     "arv_device_get_float_feature_bounds": (None, (_P, _S, _P, _P), True),
+    "arv_device_dup_available_enumeration_feature_values_as_strings": (ctypes.POINTER(_S), (_P, _S, _P), True),
     "arv_buffer_new_allocate": (_P, (ctypes.c_size_t,), False), "arv_stream_push_buffer": (None, (_P, _P), False),
     "arv_stream_timeout_pop_buffer": (_P, (_P, ctypes.c_uint64), False), "arv_buffer_get_status": (_B, (_P,), False),
     "arv_buffer_get_data": (_P, (_P, _P), False), "arv_buffer_get_frame_id": (ctypes.c_uint64, (_P,), False),
@@ -145,6 +139,39 @@ def found() -> list[Found]:
     ]  # fmt: skip
 
 
+class _Nodes:
+    """genicam.Nodes on a device."""
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+
+    def text(self, name: str) -> str | None:
+        arv = library()
+        node = arv.device_get_feature(self._device, name.encode())
+        try:
+            return (arv.gc_feature_node_get_value_as_string(node) or b"").decode() if node else None
+        except CameraError:
+            return None
+
+    def put(self, name: str, text: str) -> None:
+        arv = library()
+        arv.gc_feature_node_set_value_from_string(arv.device_get_feature(self._device, name.encode()), text.encode())
+
+    def limits(self, name: str) -> str:
+        arv, key, count = library(), name.encode(), ctypes.c_uint()
+        with contextlib.suppress(CameraError):
+            values = arv.device_dup_available_enumeration_feature_values_as_strings(self._device, key, ctypes.byref(count))
+            return f" (the camera takes {', '.join(values[n].decode() for n in range(count.value))})"
+        for number, bounds in (
+            (ctypes.c_int64, arv.device_get_integer_feature_bounds), (ctypes.c_double, arv.device_get_float_feature_bounds),
+        ):  # fmt: skip
+            low, high = number(), number()
+            with contextlib.suppress(CameraError):
+                bounds(self._device, key, ctypes.byref(low), ctypes.byref(high))
+                return f" (the camera takes {low.value:g} to {high.value:g})"
+        return ""
+
+
 class AravisSource:
     """Source protocol for one camera. `?trigger=software`: images when told to, `?trigger=Line1`: on an edge; else free."""
 
@@ -169,13 +196,13 @@ class AravisSource:
         arv.device_set_range_check_policy(self._device, _CHECK_RANGES)
         self._on_lost = _LOST(lambda _device, _data: self._vanished())  # kept: C calls it as long as the device lives
         arv.gobject.g_signal_connect_data(self._device, b"control-lost", self._on_lost, None, None, 0)
-        self._set_up()
+        info = self._set_up()
         payload = arv.camera_get_payload(self._camera)
         self._stream = arv.camera_create_stream(self._camera, None, None)
         for _ in range(BUFFERS):
             arv.stream_push_buffer(self._stream, arv.buffer_new_allocate(payload))
         arv.camera_start_acquisition(self._camera)
-        return self._info()
+        return info
 
     def _connected(self, place: str) -> Any:
         """By address or id; by serial number, which the library alone does not know, where one camera has it."""
@@ -190,79 +217,18 @@ class AravisSource:
     def _vanished(self) -> None:
         self._gone = True
 
-    def _set_up(self) -> None:
+    def _set_up(self) -> Info:
         config, arv = self.config, library()
         arv.camera_clear_triggers(self._camera)
-        sizes = {"Width": config.width, "Height": config.height, "OffsetX": config.offset_x, "OffsetY": config.offset_y}
-        wanted: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
-        if config.pixel_format is not None:
-            wanted["PixelFormat"] = config.pixel_format
-        for name, value in {**wanted, **config.features}.items():
-            self._feature(name, value)
-        if arv.camera_is_gv_device(self._camera):
-            if config.packet_size is not None:
-                self._feature("GevSCPSPacketSize", config.packet_size)
-            else:
-                arv.camera_gv_auto_packet_size(self._camera)
-        for name, value in (("frame_rate", config.fps), ("exposure_time", config.exposure_us), ("gain", config.gain_db)):
-            if value is not None:
-                self._named(name, float(value))
+        if config.packet_size is None and arv.camera_is_gv_device(self._camera):
+            arv.camera_gv_auto_packet_size(self._camera)
+        nodes = _Nodes(self._device)
+        genicam.apply(nodes, config)
         if self._trigger:
             arv.camera_set_trigger(self._camera, self._trigger.capitalize().encode())
-
-    def _named(self, name: str, value: float) -> None:
-        """A setting whose feature has other names on older cameras: the library knows them."""
-        arv = library()
-        try:
-            getattr(arv, f"camera_set_{name}")(self._camera, value)
-            found = getattr(arv, f"camera_get_{name}")(self._camera)
-        except CameraError as error:
-            raise self._error(f"{name} {value:g} was refused: {error.message}") from error
-        if abs(found - value) > genicam.STEP * max(abs(value), 1.0):
-            raise self._error(f"{name} is {found:g}, the configuration sets {value:g}")
-
-    def _feature(self, name: str, value: bool | float | str) -> None:
-        """Set one GenICam feature and read it back. Raises CameraError with the camera's own range."""
-        arv, key = library(), name.encode()
-        kind = "boolean" if isinstance(value, bool) else {int: "integer", float: "float"}.get(type(value), "string")
-        given = value.encode() if isinstance(value, str) else value
-        try:
-            getattr(arv, f"device_set_{kind}_feature_value")(self._device, key, given)
-            found = getattr(arv, f"device_get_{kind}_feature_value")(self._device, key)
-        except CameraError as error:
-            raise self._error(f"{name} {value} was refused: {error.message}{self._range(kind, key)}") from error
-        found = found.decode() if isinstance(found, bytes) else bool(found) if kind == "boolean" else found
-        near = (
-            isinstance(value, float) and isinstance(found, float) and abs(found - value) <= genicam.STEP * max(abs(value), 1.0)
-        )
-        if found != value and not near:
-            raise self._error(f"{name} is {found}, the configuration sets {value}{self._range(kind, key)}")
-
-    def _range(self, kind: str, key: bytes) -> str:
-        number: Any = {"integer": ctypes.c_int64, "float": ctypes.c_double}.get(kind)
-        if number is None:
-            return ""
-        low, high = number(), number()
-        try:
-            bounds = getattr(library(), f"device_get_{kind}_feature_bounds")
-            bounds(self._device, key, ctypes.byref(low), ctypes.byref(high))
-        except CameraError:  # a feature without bounds
-            return ""
-        return f" (the camera takes {low.value:g} to {high.value:g})"
-
-    def _info(self) -> Info:
-        arv = library()
-
-        def integer(name: bytes) -> int:
-            return int(arv.device_get_integer_feature_value(self._device, name))
-
-        code = integer(b"PixelFormat") & 0xFFFFFFFF
-        try:
-            info = genicam.info_of(code, integer(b"Width"), integer(b"Height"), trigger=self._trigger)
-        except KeyError as error:
-            raise genicam.not_understood(self.config, f"0x{code:08x}") from error
-        check_format(self.config, info)
-        return info if self._trigger else replace(info, fps=round(float(arv.camera_get_frame_rate(self._camera)), 3))
+        info = genicam.info_from(nodes, config, self._trigger)
+        check_format(config, info)
+        return info
 
     def read(self, timeout_s: float) -> Frame | None:
         """The next frame; one with lost packets is a broken one. Raises CameraError when the camera has vanished."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import cv2
@@ -25,6 +26,7 @@ FORMATS: dict[int, tuple[str, type, int, int | None]] = {
     **{0x0110002E + n: (f"Bayer{p}16", np.uint16, 1, code) for n, (p, code) in enumerate(_BAYER.items())},
 }  # fmt: skip
 """PFNC code: name, type, channels in memory, conversion to BGR (None: as it is)."""
+_OLD_NAMES = {"RGB8Packed": "RGB8", "BGR8Packed": "BGR8", "RGBA8Packed": "RGBa8", "BGRA8Packed": "BGRa8"}
 BLOCK_IDS = 65535
 """Block ids of GigE Vision 1 go from 65535 to 1."""
 STEP = 0.01
@@ -35,12 +37,13 @@ _ALIASES = {
     "gain_db": ("Gain", "GainAbs"),
 }
 """The standard's name and the one before it."""
+_SHOWN = ("PixelFormat", "ExposureTime", "ExposureTimeAbs", "Gain", "TriggerMode", "TriggerSource", "GevSCPSPacketSize")
 _SWITCHES = ("AcquisitionFrameRateEnable", "AcquisitionFrameRateEnabled")
 
 
 def code_of(name: str) -> int:
     """PFNC code of a pixel format as a stack names it (`BGR8Packed` and `BGR8` are one). Raises StopIteration for another."""
-    return next(code for code, (known, *_) in FORMATS.items() if known == name.removesuffix("Packed"))
+    return next(code for code, (known, *_) in FORMATS.items() if known == _OLD_NAMES.get(name, name))
 
 
 def info_of(code: int, width: int, height: int, *, trigger: str = "", fps: float | None = None) -> Info:
@@ -161,7 +164,9 @@ def info_from(nodes: Nodes, config: CameraConfig, trigger: str) -> Info:
     except StopIteration:
         raise not_understood(config, name) from None
     rate = next((text for alias in _ALIASES["fps"] if (text := nodes.text(alias))), None)
-    return info_of(
+    info = info_of(
         code, int(nodes.text("Width") or 0), int(nodes.text("Height") or 0),
-        trigger=trigger, fps=float(rate) if rate and not trigger else None,
+        trigger=trigger, fps=round(float(rate), 3) if rate and not trigger else None,
     )  # fmt: skip
+    shown = dict.fromkeys((*_SHOWN, *config.features))
+    return replace(info, settings={name: text for name in shown if (text := nodes.text(name)) is not None})

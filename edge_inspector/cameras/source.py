@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Protocol
@@ -31,10 +31,13 @@ class Info:
     pulled: bool = False
     """Makes the next frame only when asked: waiting costs nothing and nothing overflows."""
     simulated: bool = False
+    settings: dict[str, str] = field(default_factory=dict)
+    """Read back from the camera, by the camera's names."""
 
     def __str__(self) -> str:
         rate = f" at {self.fps:g}/s" if self.fps else ""
-        return f"{self.width}x{self.height}, {self.channels} channel(s), {self.depth_bits} bit{rate}"
+        told = "".join(f", {name} {value}" for name, value in self.settings.items())
+        return f"{self.width}x{self.height}, {self.channels} channel(s), {self.depth_bits} bit{rate}{told}"
 
 
 @dataclass(frozen=True)
