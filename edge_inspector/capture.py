@@ -93,6 +93,8 @@ def capture(camera: Camera, album: Album, *, count: int, every_s: float, ended: 
     while album.kept < count and not ended():
         if camera.state is CameraState.FAULT:
             raise CameraError(camera.fault, hint="edge-inspector cameras lists what answers")
+        if camera.on_demand and time.monotonic() >= due:
+            camera.trigger()
         try:
             frame = camera.next(_WAIT_S)
         except CameraEnded:

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from edge_inspector import health
+from edge_inspector import health, outputs
 from edge_inspector.bundles import Bundle, in_folder, open_bundle
 from edge_inspector.config import Device, LineConfig, load_device, load_line
 from edge_inspector.errors import CameraError, InspectorError
@@ -56,6 +56,7 @@ def check_device(config: Path) -> list[Finding]:
     for name in sorted(line.bundles):
         findings.append(_bundle(device, name, bundles))
     findings += _cameras(device, line, bundles)
+    findings += _outputs(device, line)
     return findings
 
 
@@ -100,6 +101,11 @@ def _cameras(device: Device, line: LineConfig, bundles: dict[str, Bundle]) -> It
             source = open_source(camera, device.folder)
             try:
                 info = source.open()
+                if info.waits:
+                    yield Finding(thing, True, f"{camera.name}: {info}; it waits for its line, so no image was tried")
+                    continue
+                if info.triggerable:
+                    source.trigger()
                 frame = source.read(_FIRST_FRAME_S)
                 if frame is None:
                     raise CameraError(f"{camera.name}: opened, but gave no frame in {_FIRST_FRAME_S:g} s")
@@ -113,6 +119,23 @@ def _cameras(device: Device, line: LineConfig, bundles: dict[str, Bundle]) -> It
                 source.close()
             for recipe_id in dict.fromkeys(station.products.values()):
                 yield from _recipe(line, recipe_id, name, frame, bundles)
+
+
+def _outputs(device: Device, line: LineConfig) -> Iterator[Finding]:
+    for name, config in device.config.outputs.items():
+        thing = f"outputs {name}"
+        station = line.stations.get(name)
+        if station is None:
+            yield Finding(thing, False, "no such station in line.yaml", f"there are: {', '.join(line.stations)}")
+            continue
+        try:
+            outputs.opened(config.chip, config.lines).close()
+        except InspectorError as error:
+            yield _faulty(thing, error)
+            continue
+        early = [p for p in (config.ok, config.reject) if p is not None and p.delay_ms and p.delay_ms < station.expires_ms]
+        hint = f"a verdict may take {station.expires_ms} ms: too late for a pulse after {early[0].delay_ms:g}" if early else ""
+        yield Finding(thing, not early, f"{config.chip}, lines {', '.join(map(str, sorted(config.lines)))}", hint)
 
 
 def _recipe(line: LineConfig, recipe_id: str, camera: str, frame: Frame, bundles: dict[str, Bundle]) -> Iterator[Finding]:
@@ -165,6 +188,10 @@ def check_machine() -> list[Finding]:
         _gpu(),
         *_jetson(),
         _aravis(),
+        _package("pypylon", "pypylon.pylon", needed=False, hint='for Basler cameras: pip install "edge-inspector[pylon]"'),
+        _package("harvesters", "harvesters.core", needed=False, hint='for GenTL: pip install "edge-inspector[gentl]"'),
+        _gstreamer(),
+        _package("gpiod", "gpiod", needed=False, hint='for wires to the line: pip install "edge-inspector[gpiod]"'),
         _local_broker(),
         Finding(
             "clock",
@@ -240,6 +267,16 @@ def _aravis() -> Finding:
     except InspectorError as error:
         return Finding("libaravis", False, error.message[:100], f"for GigE and USB3 Vision cameras: {HINT}", needed=False)
     return Finding("libaravis", True, "GigE and USB3 Vision cameras: aravis://", needed=False)
+
+
+def _gstreamer() -> Finding:
+    from edge_inspector.cameras.gst import HINT, library  # noqa: PLC0415 - loads OpenCV
+
+    try:
+        library()
+    except InspectorError as error:
+        return Finding("GStreamer", False, error.message[:100], f"for csi:// and gst: {HINT}", needed=False)
+    return Finding("GStreamer", True, "pipelines and a Jetson's own cameras: gst: and csi://", needed=False)
 
 
 def _local_broker() -> Finding:

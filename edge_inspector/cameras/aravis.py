@@ -133,10 +133,23 @@ def found() -> list[Found]:
     return [
         Found(
             f"aravis://{told['serial_nbr'] or told['id']}", f"{told['vendor']} {told['model']}".strip(), told["serial_nbr"],
-            f"{told['protocol']}, {told['address']}",
+            f"{told['protocol']}, {told['address']}", _formats(told["id"]),
         )
         for told in _answering()
     ]  # fmt: skip
+
+
+def _formats(identity: str) -> tuple[str, ...]:
+    """Pixel formats of a camera that nobody uses now."""
+    arv = library()
+    try:
+        camera = arv.camera_new(identity.encode())
+    except CameraError:
+        return ()
+    try:
+        return _Nodes(arv.camera_get_device(camera)).entries("PixelFormat")
+    finally:
+        arv.gobject.g_object_unref(camera)
 
 
 class _Nodes:
@@ -157,11 +170,21 @@ class _Nodes:
         arv = library()
         arv.gc_feature_node_set_value_from_string(arv.device_get_feature(self._device, name.encode()), text.encode())
 
+    def entries(self, name: str) -> tuple[str, ...]:
+        """What an enumeration takes; nothing for another kind."""
+        arv, count = library(), ctypes.c_uint()
+        try:
+            values = arv.device_dup_available_enumeration_feature_values_as_strings(
+                self._device, name.encode(), ctypes.byref(count)
+            )
+        except CameraError:
+            return ()
+        return tuple(values[n].decode() for n in range(count.value))
+
     def limits(self, name: str) -> str:
-        arv, key, count = library(), name.encode(), ctypes.c_uint()
-        with contextlib.suppress(CameraError):
-            values = arv.device_dup_available_enumeration_feature_values_as_strings(self._device, key, ctypes.byref(count))
-            return f" (the camera takes {', '.join(values[n].decode() for n in range(count.value))})"
+        arv, key = library(), name.encode()
+        if entries := self.entries(name):
+            return f" (the camera takes {', '.join(entries)})"
         for number, bounds in (
             (ctypes.c_int64, arv.device_get_integer_feature_bounds), (ctypes.c_double, arv.device_get_float_feature_bounds),
         ):  # fmt: skip

@@ -94,7 +94,7 @@ class Camera:
 
         `on_frame` is called in the camera's thread when a frame waits; it must not block.
         """
-        self.name, self.config, self._make, self._on_demand = name, config, make, on_demand
+        self.name, self.config, self._make, self.on_demand = name, config, make, on_demand
         self._on_frame = on_frame
         self.state, self.fault = CameraState.CONNECTING, ""
         self.info: Info | None = None
@@ -145,7 +145,7 @@ class Camera:
                 while self._frames:
                     frame = self._frames.popleft()
                     self._changed.notify_all()
-                    if not self._on_demand or self._is_fresh(frame):
+                    if not self.on_demand or self._is_fresh(frame):
                         return frame
                 if self.state is CameraState.ENDED:
                     raise CameraEnded(f"camera {self.name}: {self.fault}")
@@ -195,7 +195,7 @@ class Camera:
         self.info = info
         guard = _Guard(self.config.guards, info)
         self._become(CameraState.STREAMING)
-        asked = info.triggerable and self._on_demand
+        asked = info.triggerable and self.on_demand
         silent_since, missing = time.monotonic(), 0
         while not self._closing.is_set():
             if asked and not self._asked(source):
@@ -236,9 +236,9 @@ class Camera:
         self.counts.frames += 1
         self.counts.lost += frame.lost
         self.counts.broken += bool(frame.fault)
-        latest = self._on_demand or self.config.policy == "latest"
+        latest = self.on_demand or self.config.policy == "latest"
         with self._changed:
-            if self._on_demand and self._frames and self._is_fresh(self._frames[0]):
+            if self.on_demand and self._frames and self._is_fresh(self._frames[0]):
                 self.counts.skipped += 1  # the first frame since the trigger waits already: later ones show another part
                 return
             if latest and not info.pulled:

@@ -49,11 +49,26 @@ def found() -> list[Found]:
     known = harvester("")
     try:
         return [
-            Found(f"gentl://{told.serial_number}", f"{told.vendor} {told.model}", told.serial_number, told.tl_type)
-            for told in known.device_info_list
-        ]
+            Found(
+                f"gentl://{told.serial_number}", f"{told.vendor} {told.model}", told.serial_number, told.tl_type,
+                _formats(known, number),
+            )
+            for number, told in enumerate(known.device_info_list)
+        ]  # fmt: skip
     finally:
         known.reset()
+
+
+def _formats(known: Any, number: int) -> tuple[str, ...]:
+    """Pixel formats of a camera that nobody uses now."""
+    try:
+        acquirer = known.create(number)
+    except Exception:  # noqa: BLE001 - GenTL's classes; it is in use
+        return ()
+    try:
+        return tuple(acquirer.remote_device.node_map.get_node("PixelFormat").symbolics)
+    finally:
+        acquirer.destroy()
 
 
 class _Nodes:

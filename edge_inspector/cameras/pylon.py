@@ -32,11 +32,25 @@ def library() -> Any:
 
 def found() -> list[Found]:
     """Cameras that answer now. Raises CameraError where the library is missing."""
+    factory = library().TlFactory.GetInstance()
     return [
-        Found(f"pylon://{serial}", f"Basler {told.GetModelName()}", serial, told.GetDeviceClass())
-        for told in library().TlFactory.GetInstance().EnumerateDevices()
+        Found(f"pylon://{serial}", f"Basler {told.GetModelName()}", serial, told.GetDeviceClass(), _formats(factory, told))
+        for told in factory.EnumerateDevices()
         if (serial := told.GetSerialNumber())
     ]
+
+
+def _formats(factory: Any, told: Any) -> tuple[str, ...]:
+    """Pixel formats of a camera that nobody uses now."""
+    try:
+        camera = library().InstantCamera(factory.CreateDevice(told))
+        camera.Open()
+    except Exception:  # noqa: BLE001 - pylon's classes; it is in use
+        return ()
+    try:
+        return tuple(camera.GetNodeMap().GetNode("PixelFormat").GetSymbolics())
+    finally:
+        camera.Close()
 
 
 class _Nodes:
@@ -121,7 +135,9 @@ class PylonSource:
 
     def trigger(self) -> None:
         """Make an image now. Raises CameraError."""
-        try:
+        patience_ms = self.config.timeout_ms
+        try:  # a trigger that comes before the camera is ready for it would be ignored
+            self._camera.WaitForFrameTriggerReady(patience_ms, library().TimeoutHandling_ThrowException)
             self._camera.ExecuteSoftwareTrigger()
         except Exception as error:  # pylon's own classes
             raise CameraError(f"{self.config.name}: trigger refused: {error}") from error

@@ -42,12 +42,14 @@ class Info:
 
 @dataclass(frozen=True)
 class Found:
-    """A camera that is there, not opened."""
+    """A camera that is there."""
 
     uri: str
     model: str
     serial: str
     details: str
+    formats: tuple[str, ...] = ()
+    """Pixel formats; none where it is in use."""
 
 
 class Source(Protocol):

@@ -7,6 +7,8 @@ import signal
 import tempfile
 import threading
 import time
+from dataclasses import asdict
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
@@ -74,17 +76,17 @@ def check(config: ConfigOption = Path("device.yaml"), as_json: JsonOption = Fals
 
 
 def cameras(as_json: JsonOption = False) -> None:
-    """List the cameras that answer: GigE and USB3 Vision (libaravis), V4L2. Their URIs go into line.yaml."""
+    """List the cameras that answer on every stack (V4L2, libaravis, pylon, GenTL). Their URIs go into line.yaml."""
     from edge_inspector.cameras.sources import search  # noqa: PLC0415
 
     listed, missing = search()
     if as_json:
-        print_json([{"uri": f.uri, "model": f.model, "serial": f.serial, "details": f.details} for f in listed])
-    elif listed:
-        table = Table("uri", "model", "serial", "", box=None)
-        for found in listed:
-            table.add_row(*(escape(text) for text in (found.uri, found.model, found.serial, found.details)))
-        out.print(table)
+        print_json([asdict(found) for found in listed])
+    for found in () if as_json else listed:
+        out.print(f"[bold]{escape(found.uri)}[/]", soft_wrap=True)
+        known = (found.model, f"serial {found.serial}" if found.serial else "", found.details)
+        out.print(f"    {escape(', '.join(text for text in known if text))}", soft_wrap=True)
+        out.print(f"    {escape(' '.join(found.formats) or 'in use: its pixel formats cannot be asked for')}", soft_wrap=True)
     for error in missing:
         complain(error)
     if not listed:
@@ -107,7 +109,7 @@ def capture(
     from edge_inspector.schema import validate  # noqa: PLC0415
 
     base = Path.cwd()
-    if "://" in camera:
+    if "://" in camera or camera.startswith("gst:"):
         settings = validate(CameraConfig, {"uri": camera}, "camera")
     else:
         device = load_device(config)
@@ -120,7 +122,9 @@ def capture(
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     album = taking.Album(out_folder)
     try:
-        with Camera("capture", settings, lambda: open_source(settings, base)) as source, progress_bar() as shown:
+        told = "trigger=software" in settings.uri.lower()
+        make = partial(open_source, settings, base)
+        with Camera("capture", settings, make, on_demand=told) as source, progress_bar() as shown:
             task = shown.add_task("pictures", total=count, figures="")
             for taken in taking.capture(source, album, count=count, every_s=every_s, ended=stop.is_set):
                 missed += taken.path is None
