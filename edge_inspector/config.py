@@ -16,8 +16,9 @@ from edge_inspector.results import ConfigurationRef
 from edge_inspector.schema import Field, Model, read_yaml, validate
 
 GENICAM = ("aravis", "gige", "u3v", "pylon", "gentl")
+STREAMS = ("rtsp", "rtsps", "http", "https")
 GENICAM_SETTINGS = ("offset_x", "offset_y", "pixel_format", "exposure_us", "gain_db", "packet_size", "features")
-SCHEMES = ("dir", "file", "synthetic", "v4l2", "rtsp", "rtsps", "http", "https", "gst", "csi", *GENICAM)
+SCHEMES = ("dir", "file", "synthetic", "v4l2", *STREAMS, "gst", "csi", *GENICAM)
 
 
 class Identity(Model):
@@ -138,6 +139,10 @@ class CameraConfig(Model):
         "every", description="every: each frame is a part, overflow is counted; latest: older frames are skipped"
     )
     timeout_ms: int = Field(1000, ge=50, le=60_000, description="after which a silent camera is restarted")
+    latency_ms: float | None = Field(
+        None, ge=0, le=10_000, description="of a camera that runs free while its station is triggered: from exposure to "
+        "arrival, at its quickest; a frame nearer to its trigger is not taken. None: a frame period, 300 for rtsp and http",
+    )  # fmt: skip
     width: int | None = Field(None, ge=16, le=16384)
     height: int | None = Field(None, ge=16, le=16384)
     fps: float | None = Field(None, gt=0, le=10_000)
@@ -202,6 +207,12 @@ class StationConfig(Model):
         "hardware: one for each edge of a sensor that fires the cameras",
     )  # fmt: skip
     hardware: HardwareTrigger = HardwareTrigger()
+    in_view_ms: int | None = Field(
+        None,
+        ge=1,
+        le=600_000,
+        description="how long after its trigger a part is before the cameras; none: until the next trigger",
+    )
     expires_ms: int = Field(1000, ge=1, le=600_000, description="how long after its trigger a verdict is worth something")
     product: Id | None = Field(None, description="product when the trigger names none")
     products: dict[Id, Id] = Field(min_length=1, max_length=256, description="product: recipe")
@@ -239,20 +250,33 @@ def _trigger_faults(path: str, trigger: str, uri: str) -> list[Fault]:
     return [Fault(path, f"waits for {found or 'nothing'}, the station's trigger is {trigger}", "", f"wanted: {wanted}")]
 
 
+def _station_faults(path: str, station: StationConfig) -> list[Fault]:
+    """What in a station does not go together."""
+    faults, hardware = [], station.hardware
+    if station.product is not None and station.product not in station.products:
+        faults.append(Fault(f"{path}.product", "names no product of this station", repr(station.product),
+                            f"allowed: {', '.join(station.products)}"))  # fmt: skip
+    if station.product is None and station.trigger == "free":
+        faults.append(Fault(f"{path}.product", "is required where the trigger is free"))
+    if station.trigger == "free" and len(station.cameras) > 1:
+        faults.append(Fault(f"{path}.trigger", "free needs a station of one camera; use software for several"))
+    wait_ms = hardware.delay_ms + hardware.tolerance_ms
+    if station.trigger == "hardware" and hardware.announced and wait_ms >= station.expires_ms:
+        problem = f"is over before the image may come, {wait_ms:g} ms after its announcement"
+        faults.append(Fault(f"{path}.expires_ms", problem, str(station.expires_ms)))
+    for name, camera in station.cameras.items():
+        faults += _trigger_faults(f"{path}.cameras.{name}.uri", station.trigger, camera.uri)
+        if station.trigger == "hardware" and camera.policy == "latest":
+            faults.append(Fault(f"{path}.cameras.{name}.policy", "latest would skip parts: each image is one's"))
+    return faults
+
+
 def _faults(line: LineConfig) -> list[Fault]:
     """What fits each model but not the others: names that lead nowhere."""
     faults = []
     for name, station in line.stations.items():
         path = f"stations.{name}"
-        if station.product is not None and station.product not in station.products:
-            faults.append(Fault(f"{path}.product", "names no product of this station", repr(station.product),
-                                f"allowed: {', '.join(station.products)}"))  # fmt: skip
-        if station.product is None and station.trigger == "free":
-            faults.append(Fault(f"{path}.product", "is required where the trigger is free"))
-        if station.trigger == "free" and len(station.cameras) > 1:
-            faults.append(Fault(f"{path}.trigger", "free needs a station of one camera; use software for several"))
-        for camera_name, camera in station.cameras.items():
-            faults += _trigger_faults(f"{path}.cameras.{camera_name}.uri", station.trigger, camera.uri)
+        faults += _station_faults(path, station)
         for product, identity in station.products.items():
             recipe = line.recipes.get(identity)
             if recipe is None:

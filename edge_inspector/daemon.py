@@ -182,8 +182,9 @@ class _Line:
             if failure is not None:
                 raise InspectorError(f"a thread ended: {failure}", hint="see the log above") from failure
         hanging = self.watchdog.ping()
-        for output in outputs if not hanging else ():
-            output.alive()
+        for name, output in self.outputs.items():
+            if not hanging and self.stations[name].operational:
+                output.alive()
         causes = [*extra, *health.storage_causes(self.outbox.counts, self.device.state)]
         causes += [cause for station in self.stations.values() for cause in station.causes()]
         causes += [Cause(code="hanging", severity="failure", thing=name, text="does not answer") for name in hanging]

@@ -64,7 +64,9 @@ class Matcher:
         self._triggers: list[Trigger] = []
         self._given_up: deque[Exposure] = deque(maxlen=MOST)
         self._last_s: dict[str, float] = {}
-        self._unseen = dict.fromkeys(self.cameras, 0)
+        self._unseen = 0
+        """Edges of a single camera whose images were lost on their way. Of several cameras, a group misses what one of them
+        has lost; an edge that all of them lost is not known."""
 
     @classmethod
     def of(cls, station: StationConfig) -> Matcher:
@@ -83,11 +85,13 @@ class Matcher:
     def seen(self, camera: str, frame: Frame) -> None:
         """An image has arrived."""
         at_s = frame.captured_s
-        self._unseen[camera] += frame.lost
+        if len(self.cameras) == 1:
+            self._unseen += min(frame.lost, MOST)
         if at_s - self._last_s.get(camera, float("-inf")) < self.debounce_s:
             self.counts.bounced += 1
             return
-        self._last_s[camera] = at_s
+        if not (frame.fault and frame.clock == "arrival"):  # else when it was exposed is not known
+            self._last_s[camera] = at_s
         near = [e for e in (*self._exposures, *self._given_up) if camera not in e.frames and abs(e.at_s - at_s) <= self.sync_s]
         if near:  # of one that was given up it is too late, and no part of its own
             min(near, key=lambda exposure: abs(exposure.at_s - at_s)).frames[camera] = frame
@@ -108,16 +112,9 @@ class Matcher:
     def _plain_parts(self, now_s: float) -> list[Part]:
         closed = [e for e in self._exposures if self._settled(e, now_s)] or self._exposures[:-MOST]
         self._exposures = [e for e in self._exposures if e not in closed]
-        for exposure in closed:
-            for camera in self.cameras - exposure.frames.keys():
-                self._unseen[camera] = max(0, self._unseen[camera] - 1)
-        parts = [Part(None, dict(exposure.frames)) for exposure in closed]
         self._given_up.extend(exposure for exposure in closed if exposure.frames.keys() != self.cameras)
-        waiting = {c: sum(c not in e.frames for e in self._exposures) for c in self.cameras}
-        lost = max(0, min(self._unseen[c] - waiting[c] for c in self.cameras))  # edges whose image no camera delivered
-        for camera in self.cameras:
-            self._unseen[camera] -= lost
-        return [Part(None, {})] * lost + parts
+        lost, self._unseen = self._unseen, 0
+        return [Part(None, {})] * lost + [Part(None, dict(exposure.frames)) for exposure in closed]
 
     def _announced_parts(self, now_s: float) -> list[Part]:
         parts: list[Part] = []

@@ -10,7 +10,6 @@ holds: it drops when the edges stop.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import mmap
 import os
@@ -18,11 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import count
 from types import TracebackType
 from typing import Any, Protocol
 
-from edge_inspector.config import OutputConfig, PulseConfig
+from edge_inspector.config import OutputConfig
 from edge_inspector.errors import OutputError
 from edge_inspector.results import Verdict
 
@@ -123,6 +121,14 @@ class OutputCounts:
     """Verdicts that came when their part had passed the diverter."""
 
 
+@dataclass(eq=False)
+class _Pulse:
+    line: int
+    on_s: float
+    off_s: float
+    driven: bool = False
+
+
 class Outputs:
     """Drives the lines of one station in a thread of its own. Use as a context manager."""
 
@@ -136,9 +142,8 @@ class Outputs:
         self.failure: Exception | None = None
         self._make = make
         self._alive_s = float("-inf")
-        self._agenda: list[tuple[float, int, int, bool]] = []
-        self._numbers = count()
-        self._last_off: dict[int, float] = {}
+        self._pulses: list[_Pulse] = []
+        self._active: set[int] = set()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"outputs-{station}", daemon=True)
@@ -160,42 +165,61 @@ class Outputs:
         """The daemon judges: the heartbeat may go on for ALIVE_S."""
         self._alive_s = time.monotonic()
 
-    def verdict(self, verdict: Verdict, triggered_s: float) -> None:
-        """Pulse the line of a verdict when its part is at the diverter; never blocks."""
+    def verdict(self, verdict: Verdict, triggered_s: float, expires_s: float) -> None:
+        """Pulse the line of a verdict while its part is at the diverter; never blocks.
+
+        With a delay the pulse has its place in time and is cut short where the verdict comes late; without one it may begin
+        until the verdict expires.
+        """
         pulse = self.config.ok if verdict is Verdict.PASS else self.config.reject
         if pulse is None:
             return
-        at_s, now_s = triggered_s + pulse.delay_ms / 1e3, time.monotonic()
-        with self._changed:
-            if at_s + pulse.pulse_ms / 1e3 < now_s and pulse.delay_ms:
-                self.counts.missed += 1
-                self.missed_s = now_s
-                return
-            self._schedule(pulse, max(at_s, now_s))
-
-    def _schedule(self, pulse: PulseConfig, on_s: float) -> None:
+        now_s = time.monotonic()
+        on_s = triggered_s + pulse.delay_ms / 1e3 if pulse.delay_ms else now_s
         off_s = on_s + pulse.pulse_ms / 1e3
-        # A pulse that meets the one before it prolongs it: only the last of them ends the line's being active.
-        self._last_off[pulse.line] = max(off_s, self._last_off.get(pulse.line, off_s))
-        for at_s, active in ((on_s, True), (off_s, False)):
-            heapq.heappush(self._agenda, (at_s, next(self._numbers), pulse.line, active))
-        self.counts.pulses += 1
-        self._changed.notify_all()
+        with self._changed:
+            if now_s >= (off_s if pulse.delay_ms else expires_s):
+                self._missed(now_s)
+                return
+            self._pulses.append(_Pulse(pulse.line, on_s, off_s))
+            self._changed.notify_all()
+
+    def _missed(self, now_s: float) -> None:
+        self.counts.missed += 1
+        self.missed_s = now_s
+
+    def _drive(self, now_s: float) -> float:
+        """Set each line as its pulses say; returns when the next of them begins or ends."""
+        with self._changed:
+            begun = [pulse for pulse in self._pulses if pulse.on_s <= now_s]
+            over = [pulse for pulse in begun if pulse.off_s <= now_s]
+            for pulse in over:
+                if not pulse.driven:  # this thread was held up all the while
+                    self._missed(now_s)
+            self._pulses = [pulse for pulse in self._pulses if pulse not in over]
+            next_s = min((p.off_s if p.on_s <= now_s else p.on_s for p in self._pulses), default=now_s + _IDLE_S)
+        active = {pulse.line for pulse in begun if pulse not in over}
+        for pulse in begun:
+            self.counts.pulses += pulse not in over and not pulse.driven
+            pulse.driven = True
+        for line in self._active ^ active:
+            self._lines.set(line, line in active)
+        self._active = active
+        return next_s
 
     def _run(self) -> None:
         beat, beats_s, high = self.config.heartbeat, 0.0, False
         try:
             while not self._closing:
                 now_s = time.monotonic()
-                for line, active in self._due(now_s):
-                    self._lines.set(line, active)
+                next_s = self._drive(now_s)
                 if beat is not None and now_s >= beats_s and now_s - self._alive_s < ALIVE_S:
                     beats_s, high = now_s + beat.period_ms / 2e3, not high
                     self._lines.set(beat.line, high)
-                next_s = now_s + _IDLE_S if beat is None else max(beats_s, now_s + beat.period_ms / 20e3)
+                if beat is not None:
+                    next_s = min(next_s, max(beats_s, now_s + beat.period_ms / 20e3))
                 with self._changed:
-                    next_s = min(next_s, self._agenda[0][0]) if self._agenda else next_s
-                    if not self._closing:
+                    if not self._closing and not any(pulse.on_s < next_s for pulse in self._pulses if not pulse.driven):
                         self._changed.wait(max(0.0, next_s - time.monotonic()))
             for line in self.config.lines:
                 self._lines.set(line, False)
@@ -204,12 +228,3 @@ class Outputs:
             self.failure = error
         finally:
             self._lines.close()
-
-    def _due(self, now_s: float) -> list[tuple[int, bool]]:
-        due = []
-        with self._changed:
-            while self._agenda and self._agenda[0][0] <= now_s:
-                _, _, line, active = heapq.heappop(self._agenda)
-                if active or now_s >= self._last_off[line]:
-                    due.append((line, active))
-        return due

@@ -10,28 +10,26 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import count
 from types import TracebackType
-from typing import Protocol
 
-from edge_inspector.broker import verdict_of
 from edge_inspector.cameras import Camera, CameraState, Source
 from edge_inspector.config import StationConfig
-from edge_inspector.errors import CameraEnded, EngineLost, InspectorError, OutboxError
+from edge_inspector.errors import CameraEnded, EngineLost, InspectorError
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import Frame, Trigger, utc_now
 from edge_inspector.inspector import Inspection, Inspector
 from edge_inspector.matching import Matcher, Part
-from edge_inspector.messages import Cause, EngineState, Ready, VerdictMessage
+from edge_inspector.messages import Cause, EngineState, Ready
 from edge_inspector.outbox import Outbox
 from edge_inspector.outputs import Outputs
 from edge_inspector.recipes import Recipe
-from edge_inspector.results import ConfigurationRef, Reason, RecipeRef, Result, Times, Verdict
+from edge_inspector.recorder import RecordCounts, Recorder, Voice
+from edge_inspector.results import ConfigurationRef, Reason, RecipeRef, Verdict
 from edge_inspector.runtime import Engine, Tell, judge_samples
 
 log = logging.getLogger(__name__)
@@ -47,18 +45,6 @@ _LATELY_S = 60.0
 _BUILDING_EVERY_S = 1.0
 _PARKED_S = 60.0
 """The daemon has left long before."""
-
-
-class Voice(Protocol):
-    """Where verdicts and readiness go."""
-
-    def verdict(self, verdict: VerdictMessage) -> bool:
-        """Tell the diverter."""
-        ...
-
-    def retain(self, message: Ready, *levels: str) -> None:
-        """Publish a retained message."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -82,15 +68,6 @@ class Setting:
     """Its wires to the line."""
 
 
-@dataclass
-class StationCounts:
-    """Results since the start."""
-
-    passed: int = 0
-    failed: int = 0
-    undecided: int = 0
-
-
 class Station:
     """Runs one station in a thread of its own. Use as a context manager."""
 
@@ -98,8 +75,6 @@ class Station:
         """Nothing is opened before `__enter__`; verdicts go nowhere before `voice` is set."""
         self.name, self.config, self.setting = name, config, setting
         self.expires_ms = config.expires_ms
-        self.voice: Voice | None = None
-        self.counts = StationCounts()
         self.failure: Exception | None = None
         self.ended = threading.Event()
         """Set once a recording has been judged to its end."""
@@ -119,6 +94,10 @@ class Station:
         self._tick: Callable[[], None] = lambda: None
         self._free_ids = count(1)
         self._closing = threading.Event()
+        self._recorder = Recorder(
+            name, setting.outbox, setting.evidence, setting.output, setting.configuration, clock_ok=setting.clock_ok,
+            simulated=lambda: self._simulated, held_up=self._held_up,
+        )  # fmt: skip
         self._stack = ExitStack()
         self._thread = threading.Thread(target=self._run, name=f"station-{name}", daemon=True)
 
@@ -146,6 +125,20 @@ class Station:
         for camera in self.cameras.values():
             camera.stop_soon()
 
+    @property
+    def voice(self) -> Voice | None:
+        """Where verdicts and readiness go."""
+        return self._recorder.voice
+
+    @voice.setter
+    def voice(self, voice: Voice) -> None:
+        self._recorder.voice = voice
+
+    @property
+    def counts(self) -> RecordCounts:
+        """Results since the start."""
+        return self._recorder.counts
+
     # --- for the broker
 
     def offer(self, trigger: Trigger) -> None:
@@ -153,15 +146,15 @@ class Station:
         try:
             if self.config.trigger == "free" or (self._matcher is not None and not self._matcher.announced):
                 why = "parts of this station are not told of: it finds them itself"
-                self._finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, why))
+                self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, why))
                 return
             if self._is_building:  # for minutes: longer than any trigger is worth something
-                self._finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, self._why))
+                self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, self._why))
                 return
             self._triggers.put_nowait(trigger)
             self._wake.set()
         except queue.Full:
-            self._finish(trigger, Inspection(Verdict.UNDECIDED, Reason.OVERLOAD, f"{QUEUE} triggers wait already"))
+            self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.OVERLOAD, f"{QUEUE} triggers wait already"))
 
     def command(self, name: str, product: str | None) -> None:
         """`select-product`, `halt` or `start`. Raises InspectorError."""
@@ -224,14 +217,16 @@ class Station:
             self._tick = self.setting.watch(self._thread.name)
             while not self._closing.is_set():
                 self._tick()
-                if self._halted or self._state == "error":
-                    self._triggered_part()
-                elif self.config.trigger == "free":
-                    self._free_part()
-                elif self._matcher is not None:
+                if self._matcher is not None:
                     self._matched_parts(self._matcher)
+                elif self.config.trigger == "free" and self._judges:
+                    self._free_part()
                 else:
                     self._triggered_part()
+            if self._matcher is not None and not self._matcher.announced:  # the others are in the journal
+                for part in self._matcher.due(float("inf")):
+                    trigger = self._free_trigger(next(iter(part.frames.values()), None))
+                    self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.INTERRUPTED, "the station was stopped"))
         except Exception as error:
             log.exception("station %s ended", self.name)
             self.failure = error
@@ -300,11 +295,24 @@ class Station:
             trigger = self._triggers.get(timeout=_WAIT_S)
         except queue.Empty:
             return
-        if self._halted or self._state == "error":
-            why = "halted by command" if self._halted else self._why
-            self._finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, why))
-            return
-        self._inspect(trigger, None)
+        if self._judges:
+            self._inspect(trigger, None)
+        else:
+            self._not_ready(trigger)
+
+    def _not_ready(self, trigger: Trigger) -> None:
+        why = "halted by command" if self._halted else self._why
+        self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, why))
+
+    @property
+    def _judges(self) -> bool:
+        return not self._halted and self._state != "error"
+
+    @property
+    def operational(self) -> bool:
+        """Whether parts that come now are judged; what the heartbeat tells."""
+        faulty = any(camera.state is CameraState.FAULT for camera in self.cameras.values())
+        return self._judges and self._state != "preoperational" and not faulty
 
     def _free_part(self) -> None:
         name, camera = next(iter(self.cameras.items()))
@@ -319,7 +327,7 @@ class Station:
             return
         for _ in range(min(frame.lost, LOST_TOLD)):
             detail = f"{frame.lost} frame(s) lost before {frame.source_id or frame.seq}"
-            self._finish(self._free_trigger(None), Inspection(Verdict.UNDECIDED, Reason.OVERLOAD, detail))
+            self._recorder.finish(self._free_trigger(None), Inspection(Verdict.UNDECIDED, Reason.OVERLOAD, detail))
         self._inspect(self._free_trigger(frame), {name: [frame]})
 
     def _matched_parts(self, matcher: Matcher) -> None:
@@ -344,11 +352,16 @@ class Station:
             self.ended.set()
 
     def _matched_part(self, part: Part) -> None:
-        trigger = part.trigger or self._free_trigger(min(part.frames.values(), key=lambda f: f.captured_s, default=None))
-        if part.doubt:
-            self._finish(trigger, Inspection(Verdict.UNDECIDED, Reason.MISSING_IMAGE, part.doubt))
+        first = min(part.frames.values(), key=lambda frame: frame.captured_s, default=None)
+        trigger = part.trigger or self._free_trigger(first)
+        if first is not None:  # the sensor says when the part was there, its announcement about when
+            trigger = replace(trigger, received_s=first.captured_s)
+        if not self._judges:
+            self._not_ready(trigger)
+        elif part.doubt:
+            self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.MISSING_IMAGE, part.doubt))
         elif not part.frames and part.trigger is None:
-            self._finish(
+            self._recorder.finish(
                 trigger, Inspection(Verdict.UNDECIDED, Reason.OVERLOAD, "an image of every camera was lost on its way")
             )
         else:
@@ -374,7 +387,7 @@ class Station:
         recipe_id = self.config.products.get(product) if product else None
         if recipe_id is None:
             detail = f"product {product!r}; known here: {', '.join(self.config.products)}"
-            self._finish(trigger, Inspection(Verdict.UNDECIDED, Reason.UNKNOWN_PRODUCT, detail))
+            self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.UNKNOWN_PRODUCT, detail))
             return
         inspector, reference = self._inspectors[recipe_id]
         trigger = replace(trigger, product=product)
@@ -386,24 +399,40 @@ class Station:
             self._more_frames(trigger, inspector.recipe, frames)
         captured_ms = (time.perf_counter() - began) * 1e3
         inspection = inspector.inspect(frames)
-        self._finish(trigger, inspection, reference, frames, captured_ms)
+        self._recorder.finish(trigger, inspection, reference, frames, captured_ms)
         if inspection.lost is not None:
             raise inspection.lost
         if self.config.trigger == "software":
             self._tell_ready()
 
     def _triggered_frames(self, trigger: Trigger, recipe: Recipe) -> dict[str, list[Frame]]:
-        """Fire all cameras of the recipe together, once for each frame that its decision needs."""
+        """Fire all cameras of the recipe together, once for each frame that its decision needs, while the part is in view."""
         frames: dict[str, list[Frame]] = {name: [] for name in recipe.cameras}
+        since_s = trigger.received_s
         for _ in range(recipe.decision.frames):
+            if self._left_s(trigger) <= time.monotonic() and not self._simulated:
+                return frames
             for name in recipe.cameras:
-                self.cameras[name].trigger()
+                self.cameras[name].trigger(since_s)
             for name, got in frames.items():
                 frame = self._awaited(name, trigger)
-                if frame is None:
+                if frame is None or (frame.captured_s >= self._left_s(trigger) and not self._simulated):
                     return frames
                 got.append(frame)
+            since_s = time.monotonic()
         return frames
+
+    def _left_s(self, trigger: Trigger) -> float:
+        """When the part was, or will be, out of view: when the next one was triggered, and by what the configuration says."""
+        with self._triggers.mutex:
+            after = self._triggers.queue[0].received_s if self._triggers.queue else float("inf")
+        in_view_ms = self.config.in_view_ms
+        return min(after, trigger.received_s + in_view_ms / 1e3 if in_view_ms is not None else trigger.expires_s)
+
+    @property
+    def _simulated(self) -> bool:
+        """Recordings wait for their triggers."""
+        return any(camera.info is not None and camera.info.simulated for camera in self.cameras.values())
 
     def _more_frames(self, trigger: Trigger, recipe: Recipe, frames: dict[str, list[Frame]]) -> None:
         for name, got in frames.items():
@@ -426,71 +455,10 @@ class Station:
             return None
         return None
 
-    # --- results
-
-    def _finish(
-        self,
-        trigger: Trigger,
-        inspection: Inspection,
-        recipe: RecipeRef | None = None,
-        frames: Mapping[str, list[Frame]] | None = None,
-        captured_ms: float = 0.0,
-    ) -> None:
-        """Tell a fail at once, a pass when its record is on disk; store the record of either."""
-        shown = [frame for got in (frames or {}).values() for frame in got]
-        verdict, reason, detail = inspection.verdict, inspection.reason, inspection.detail
-        decided_s = time.monotonic()
-        if decided_s > trigger.expires_s:
-            over_ms = (decided_s - trigger.expires_s) * 1e3
-            detail = f"{over_ms:.0f} ms late; would have been {verdict.value} ({reason.value})"
-            verdict, reason = Verdict.UNDECIDED, Reason.LATE
-        total_ms = (decided_s - trigger.received_s) * 1e3
-        times = inspection.times_ms.model_copy(update={"capture": round(captured_ms, 2), "total": round(total_ms, 2)})
-        result = Result(
-            station=self.name, trigger_id=trigger.trigger_id, part_id=trigger.part_id, product=trigger.product,
-            verdict=verdict, reason=reason, detail=detail[:256],
-            state="completed" if recipe is not None else "failed",
-            simulated=any(c.info is not None and c.info.simulated for c in self.cameras.values()),
-            clock_ok=self.setting.clock_ok(), triggered_at=trigger.triggered_at,
-            captured_at=shown[0].captured_at if shown else None, decided_at=utc_now(), expires_at=trigger.expires_at,
-            recipe=recipe, configuration=self.setting.configuration, findings=inspection.findings,
-            times_ms=times if recipe is not None else Times(total=round(total_ms, 2)),
-        )  # fmt: skip
-        if verdict is not Verdict.PASS:
-            self._tell(result, trigger)
-        if inspection.views:
-            title = f"{self.name}  part {trigger.part_id or trigger.trigger_id}  {verdict.value}"
-            result = result.model_copy(update={"evidence": self.setting.evidence.keep(inspection.views, title)})
-        self._store(result, trigger)
-
-    def _store(self, result: Result, trigger: Trigger) -> None:
-        """Hand over to the outbox; while that is full, hold everything up: what is not accepted must not be forgotten."""
-        while True:
-            try:
-                future = self.setting.outbox.submit(result, expires_s=trigger.expires_s)
-                future.add_done_callback(partial(self._stored, result.verdict, trigger))
-                break
-            except OutboxError as error:
-                if self._closing.is_set() or threading.current_thread() is not self._thread:
-                    log.error("no record of trigger %s: %s", trigger.trigger_id, error)
-                    break
-                self._tick()
-                self._closing.wait(_WAIT_S)
-
-    def _stored(self, told: Verdict, trigger: Trigger, future: Future[Result]) -> None:
-        """The record is on disk (this is the committer's thread)."""
-        if future.exception() is not None:
-            return
-        result = future.result()
-        counts = self.counts
-        counts.passed += result.verdict is Verdict.PASS
-        counts.failed += result.verdict is Verdict.FAIL
-        counts.undecided += result.verdict is Verdict.UNDECIDED
-        if told is Verdict.PASS and time.monotonic() <= trigger.expires_s:
-            self._tell(result, trigger)
-
-    def _tell(self, result: Result, trigger: Trigger) -> None:
-        if self.setting.output is not None:
-            self.setting.output.verdict(result.verdict, trigger.received_s)
-        if self.voice is not None:
-            self.voice.verdict(verdict_of(result))
+    def _held_up(self) -> bool:
+        """The outbox is full: wait a little, in this station's own thread; False where that is over or would block others."""
+        if self._closing.is_set() or threading.current_thread() is not self._thread:
+            return False
+        self._tick()
+        self._closing.wait(_WAIT_S)
+        return True

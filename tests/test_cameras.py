@@ -18,10 +18,11 @@ import pytest
 
 from edge_inspector import pictures
 from edge_inspector.cameras import Camera, CameraState, open_source
+from edge_inspector.cameras.mjpeg import MjpegSource
 from edge_inspector.cameras.sources import video_devices
 from edge_inspector.cameras.synthetic import draw_part
-from edge_inspector.config import CameraConfig
-from edge_inspector.errors import CameraEnded, CameraError
+from edge_inspector.config import CameraConfig, parse_line
+from edge_inspector.errors import CameraEnded, CameraError, SchemaError
 from edge_inspector.frames import Frame
 from tests.line import ENGINES, until
 
@@ -301,6 +302,45 @@ def test_an_http_stream_that_stops_is_told_and_opened_again(mjpeg_port: int, pat
 
         until(again, 20, words)
         assert taken(source, 3, 20)
+
+
+def test_pictures_that_waited_for_us_are_not_dated_as_new(mjpeg_port: int) -> None:
+    source = MjpegSource(CameraConfig(uri=f"http://127.0.0.1:{mjpeg_port}/sized"), Path("/"))
+    source.open()
+    assert source.read(1.0) is not None
+    time.sleep(0.6)  # thirty pictures wait in the sockets
+    since_s = time.monotonic()
+    frames = [source.read(1.0) for _ in range(60)]
+    source.close()
+    old = [frame for frame in frames if frame and frame.captured_s < since_s]
+    assert len(old) >= 25
+    assert frames[-1] is not None
+    assert frames[-1].captured_s > since_s, "and those that follow are"
+
+
+@pytest.mark.parametrize(
+    ("station", "words"),
+    [
+        ({"trigger": "hardware", "cameras": {"top": {"uri": "dir://x", "policy": "latest"}}}, "latest would skip parts"),
+        (
+            {"trigger": "hardware", "cameras": {"top": {"uri": "aravis://1"}}},
+            "waits for nothing, the station's trigger is hardware",
+        ),
+        ({"trigger": "free", "cameras": {"top": {"uri": "pylon://?trigger=software"}}}, "waits for software"),
+        ({"trigger": "software", "cameras": {"top": {"uri": "gige://1?trigger=Line1"}}}, "waits for Line1"),
+        ({"trigger": "hardware", "hardware": {"announced": True, "delay_ms": 990}}, "is over before the image may come"),
+        ({"trigger": "hardware", "hardware": {"announced": True, "debounce_ms": 60}}, "at least twice tolerance_ms"),
+    ],
+)
+def test_a_station_whose_triggers_and_cameras_do_not_fit_is_refused(station: dict[str, Any], words: str) -> None:
+    cameras = {"top": {"uri": "dir://x"}}
+    line = {
+        "schema": "ei.line.v1", "stations": {"press": {"product": "p", "products": {"p": "r"}, "cameras": cameras, **station}},
+        "recipes": {"r": {"cameras": {"top": {"rois": {"all": {"bundle": "b"}}}}}},
+    }  # fmt: skip
+    with pytest.raises(SchemaError) as caught:
+        parse_line(line, "line.yaml")
+    assert words in caught.value.message
 
 
 def test_what_is_no_stream_of_jpegs_is_refused_and_passwords_are_not_told(mjpeg_port: int) -> None:

@@ -19,6 +19,7 @@ LINES = [
     {"cameras", "runtime", "outbox", "mqtt"},
     {"inspector", "broker", "health", "subscriber", "capture"},
     {"evidence"},
+    {"recorder"},
     {"station", "training"},
     {"daemon"},
     {"demo", "checks"},

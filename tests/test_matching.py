@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import numpy as np
@@ -124,14 +125,20 @@ def test_unannounced_parts_need_all_their_cameras_and_late_images_make_no_part_o
     assert [sorted(part.frames) for part in parts] == [["left", "right"], ["left"], ["left"], ["left", "right"]]
 
 
-def test_an_edge_that_no_camera_delivered_is_a_part_without_images() -> None:
-    """Block ids tell how many images were lost on the way; each lost edge is one part, however the losses overlap."""
+def test_an_edge_whose_image_was_lost_on_its_way_is_a_part_without_images() -> None:
+    """Block ids tell how many images a camera has lost."""
     events: list[tuple[float, str, Frame | Trigger]] = [
-        (1.01, "left", frame("A", 1.0)), (1.01, "right", frame("A", 1.0)),
-        # B is lost by both, C by the left one, D by the right one
-        (3.01, "right", frame("C", 3.0, lost=1)),
-        (4.01, "left", frame("D", 4.0, lost=2)),
-        (5.01, "left", frame("E", 5.0)), (5.01, "right", frame("E", 5.0, lost=1)),
-    ]  # fmt: skip
-    parts = run(matcher(announced=False), events, 7)
-    assert sorted(len(part.frames) for part in parts) == [0, 1, 1, 2, 2]
+        (1.01, "left", frame("A", 1.0)),
+        (3.01, "left", frame("D", 3.0, lost=2)),
+    ]
+    parts = run(matcher(announced=False, cameras=("left",)), events, 5)
+    assert [len(part.frames) for part in parts] == [1, 0, 0, 1]
+    two = run(matcher(announced=False), [(1.01, "left", frame("A", 1.0)), (3.01, "left", frame("B", 3.0, lost=1))], 5)
+    assert [len(part.frames) for part in two] == [1, 1], "of two cameras, one's loss is an image that its group lacks"
+
+
+def test_a_broken_image_whose_time_is_not_known_hides_no_part() -> None:
+    broken = replace(frame("A", 1.11), fault="corrupt_image")  # exposed at 1.0
+    events: list[tuple[float, str, Frame | Trigger]] = [(1.11, "left", broken), (1.17, "left", frame("B", 1.15))]
+    parts = run(matcher(announced=False, cameras=("left",)), events, 3)
+    assert [{f.source_id for f in part.frames.values()} for part in parts] == [{"A"}, {"B"}]

@@ -70,7 +70,7 @@ with Outputs("press", config) as outputs:
     outputs.alive()
     for verdict in sys.argv[2:]:
         print(time.monotonic(), flush=True)
-        outputs.verdict(Verdict(verdict), time.monotonic())
+        outputs.verdict(Verdict(verdict), time.monotonic(), time.monotonic() + 5)
     while time.monotonic() < end:
         outputs.alive()
         time.sleep(0.1)
@@ -118,6 +118,29 @@ def test_a_killed_process_beats_no_more(chip: tuple[str, Path, dict[str, str]]) 
     assert len(watch.of(BEAT)) <= beats + 1
 
 
+def test_a_verdict_that_comes_late_ends_its_pulse_where_its_part_ends(tmp_path: Path) -> None:
+    given = {"chip": f"file://{tmp_path / 'v'}", "ok": {"line": OK, "pulse_ms": 300, "delay_ms": 100}}
+    with Outputs("press", OutputConfig.model_validate(given)) as outputs:
+        watch = Watch(tmp_path / "v")
+        now_s = time.monotonic()
+        outputs.verdict(Verdict.PASS, now_s - 0.3, now_s + 5)  # its pulse would have begun 200 ms ago
+        watch.look(now_s + 1.0)
+    (on_s, _), (off_s, _) = watch.of(OK)
+    assert off_s - on_s < 0.2
+    assert off_s < now_s + 0.2
+
+
+def test_a_verdict_that_is_worth_nothing_any_more_pulses_nothing(tmp_path: Path) -> None:
+    with Outputs(
+        "press", OutputConfig.model_validate({"chip": f"file://{tmp_path / 'v'}", "reject": {"line": REJECT}})
+    ) as outputs:
+        watch = Watch(tmp_path / "v")
+        outputs.verdict(Verdict.FAIL, time.monotonic() - 30, time.monotonic() - 29)
+        watch.look(time.monotonic() + 0.2)
+        assert watch.of(REJECT) == []
+        assert outputs.counts.missed == 1
+
+
 def test_a_daemon_that_no_longer_judges_beats_no_more(tmp_path: Path) -> None:
     voltages = tmp_path / "v"
     config = OutputConfig.model_validate({"chip": f"file://{voltages}", "heartbeat": {"line": BEAT, "period_ms": 40}})
@@ -138,7 +161,7 @@ def test_a_verdict_that_comes_when_its_part_has_passed_is_counted_and_pulses_not
     given = {"chip": f"file://{tmp_path / 'v'}", "reject": {"line": REJECT, "pulse_ms": 20, "delay_ms": 100}}
     with Outputs("press", OutputConfig.model_validate(given)) as outputs:
         watch = Watch(tmp_path / "v")
-        outputs.verdict(Verdict.FAIL, time.monotonic() - 0.5)
+        outputs.verdict(Verdict.FAIL, time.monotonic() - 0.5, time.monotonic() + 5)
         watch.look(time.monotonic() + 0.2)
         assert watch.of(REJECT) == []
         assert (outputs.counts.missed, outputs.counts.pulses) == (1, 0)
@@ -148,9 +171,9 @@ def test_pulses_that_meet_are_one_long_one(tmp_path: Path) -> None:
     given = {"chip": f"file://{tmp_path / 'v'}", "reject": {"line": REJECT, "pulse_ms": 200}}
     with Outputs("press", OutputConfig.model_validate(given)) as outputs:
         watch = Watch(tmp_path / "v")
-        outputs.verdict(Verdict.FAIL, 0.0)
+        outputs.verdict(Verdict.FAIL, 0.0, time.monotonic() + 5)
         watch.look(time.monotonic() + 0.1)
-        outputs.verdict(Verdict.UNDECIDED, 0.0)
+        outputs.verdict(Verdict.UNDECIDED, 0.0, time.monotonic() + 5)
         watch.look(time.monotonic() + 0.6)
     (on_s, _), (off_s, _) = watch.of(REJECT)
     assert off_s - on_s > 0.29
@@ -197,6 +220,12 @@ def test_the_daemon_drives_the_lines_and_its_death_stops_the_heartbeat(
             assert sum(level for _, level in watch.of(line)) == count
         assert {"pass", "fail"} <= set(verdicts)
         assert len(watch.of(BEAT)) > 60
+        for order, beating in (("halt", False), ("start", True)):
+            listener.say({"request_id": "r", "client": "c", "station": "sheet", "name": order}, "command", order)
+            watch.look(time.monotonic() + 3.5)  # what was alive counts for two seconds
+            beats = len(watch.of(BEAT))
+            watch.look(time.monotonic() + 0.5)
+            assert (len(watch.of(BEAT)) > beats) == beating, order
         daemon.kill()
         beats = len(watch.of(BEAT))
         watch.look(time.monotonic() + 0.5)

@@ -228,14 +228,38 @@ def test_a_pipeline_may_write_nowhere_else_and_its_passwords_are_not_told() -> N
 # --- the clock of a camera
 
 
-def test_a_cameras_clock_is_brought_to_ours_by_the_least_delayed_frame_and_may_drift() -> None:
+@pytest.mark.parametrize("drift", [1 + 100e-6, 1 - 100e-6])
+def test_a_cameras_clock_is_brought_to_ours_by_the_least_delayed_frame_and_may_drift(drift: float) -> None:
     rng = np.random.default_rng(0)
-    clock, drift = DeviceClock(), 1 + 100e-6
-    errors = []
-    for number in range(6000):
-        exposed_s = 1000 + number * 0.05
+    clock, errors = DeviceClock(), []
+    times = [*(1000 + n * 0.05 for n in range(6000)), *(1000 + 3600 + n * 0.05 for n in range(600))]  # an hour's pause
+    for exposed_s in times:
         arrived_s = exposed_s + 0.002 + rng.exponential(0.03)
         told_s = clock.captured_s(exposed_s * drift - 77.0, arrived_s)
         assert told_s <= arrived_s
         errors.append(told_s - exposed_s)
-    assert np.abs(errors[100:]).max() < 0.01, "100 ppm make 6 ms in the minute that counts"
+    settled = np.abs([*errors[100:6000], *errors[6100:]])
+    assert settled.max() < 0.015, "100 ppm make 6 ms in the minute that counts"
+    assert np.min(errors) > -0.007, "and no frame is dated long before its exposure, not after a pause either"
+
+
+def test_a_cameras_clock_that_is_set_anew_is_learned_anew() -> None:
+    clock = DeviceClock()
+    told = [clock.captured_s(at_s - (2.0 if at_s > 5 else 0.0), at_s + 0.01) for at_s in np.arange(0, 10, 0.05)]
+    assert np.abs(np.array(told) - np.arange(0, 10, 0.05)).max() < 0.011
+
+
+def test_a_late_image_of_a_camera_without_a_clock_is_nobodys(pylon: Pylon) -> None:
+    """Its exposure is longer than the triggers are apart: whose image comes next cannot be told, so the camera starts anew."""
+    with camera(
+        "pylon://?trigger=software", on_demand=True, timeout_ms=2000, features={"ExposureTimeAbs": 400_000.0}
+    ) as source:
+        until(lambda: source.state is CameraState.STREAMING, 30, "streaming")
+        source.trigger()
+        time.sleep(0.1)
+        source.trigger()
+        until(lambda: "no clock tells whose" in source.fault, 10, "refused")
+        assert source.next(0.1) is None
+        until(lambda: source.state is CameraState.STREAMING, 20, "again")
+        source.trigger()
+        assert until(lambda: source.next(1.0), 5, "an image for a trigger alone")

@@ -18,7 +18,7 @@ from typing import Any
 
 from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
-from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, check_format, moment
+from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, check_format, moment, settle
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 from edge_inspector.frames import Frame, frozen
@@ -225,6 +225,8 @@ class AravisSource:
         for _ in range(BUFFERS):
             arv.stream_push_buffer(self._stream, arv.buffer_new_allocate(payload))
         arv.camera_start_acquisition(self._camera)
+        if not self._trigger:
+            settle(self.read, self.config.timeout_ms / 1000)
         return info
 
     def _connected(self, place: str) -> Any:
@@ -248,7 +250,7 @@ class AravisSource:
         nodes = _Nodes(self._device)
         genicam.apply(nodes, config)
         if self._trigger:
-            arv.camera_set_trigger(self._camera, self._trigger.capitalize().encode())
+            arv.camera_set_trigger(self._camera, genicam.trigger_name(self._trigger).encode())
         info = genicam.info_from(nodes, config, self._trigger)
         check_format(config, info)
         return info
@@ -271,12 +273,13 @@ class AravisSource:
         status, identity = arv.buffer_get_status(buffer), int(arv.buffer_get_frame_id(buffer))
         lost, self._last_id = genicam.gap(self._last_id, identity), identity
         seq, self._seq = self._seq, self._seq + 1
-        if status != _SUCCESS:
-            told = _STATUS.get(status, f"status {status}")
-            return replace(broken_frame(seq, str(identity), f"{self.config.name}: {told}"), lost=lost)
         now_s = time.monotonic()
         arrived_s = now_s - min(60.0, max(0.0, time.time() - arv.buffer_get_system_timestamp(buffer) / 1e9))
         stamp = arv.buffer_get_timestamp(buffer) / 1e9
+        if status != _SUCCESS:
+            told = _STATUS.get(status, f"status {status}")
+            broken = broken_frame(seq, str(identity), f"{self.config.name}: {told}")
+            return replace(broken, lost=lost, **self._clock.known(stamp))
         captured_s = self._clock.captured_s(stamp, arrived_s) if stamp else arrived_s
         size = ctypes.c_size_t()
         data = arv.buffer_get_data(buffer, ctypes.byref(size))

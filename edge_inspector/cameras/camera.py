@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import statistics
 import threading
 import time
 import zlib
@@ -11,10 +12,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import islice
 from types import TracebackType
+from urllib.parse import urlsplit
 
 from edge_inspector.cameras.source import Info, Source
-from edge_inspector.config import CameraConfig, Guards
+from edge_inspector.config import STREAMS, CameraConfig, Guards
 from edge_inspector.errors import CameraEnded, CameraError
 from edge_inspector.frames import Frame
 from edge_inspector.results import Reason
@@ -24,9 +27,13 @@ log = logging.getLogger(__name__)
 QUEUE = 8
 """Frames that wait under the policy `every`; more are lost, counted, and told with the next frame."""
 _WAIT_S = 0.25
+_ASKED_WAIT_S = 0.02
+"""While a triggered image is awaited: for so long may the next trigger wait to be passed on."""
 _BACKOFF_S = (0.2, 5.0)
 _DRIFT_S = 0.01
-"""By which a camera's own clock may run ahead of what we know of it."""
+"""By which a camera's own clock may run behind what we know of it."""
+_STREAM_LATENCY_S = 0.3
+"""Encoding and buffers of network cameras; config's latency_ms is the measured one."""
 _GRID = 16
 """Guards look at every 16th row and column."""
 
@@ -104,6 +111,8 @@ class Camera:
         self._wanted = 0
         self._fence = 0.0
         self._seq = 0
+        self._times: deque[float] = deque(maxlen=9)
+        """When the last frames were captured."""
         self._lost = 0
         self._closing = threading.Event()
         self._closed_s = 0.0
@@ -129,11 +138,13 @@ class Camera:
 
     # --- for the station
 
-    def trigger(self) -> None:
-        """Ask for one image: `next` gives the first frame captured from now on."""
+    def trigger(self, since_s: float | None = None) -> None:
+        """Ask for one image: `next` gives the first frame captured since (time.monotonic(); none: from now on)."""
         with self._changed:
-            self._fence = time.monotonic()
+            self._fence = time.monotonic() if since_s is None else since_s
+            fresh = [frame for frame in self._frames if self._is_fresh(frame)]
             self._frames.clear()
+            self._frames += fresh
             self._wanted = 1
             self._changed.notify_all()
 
@@ -155,8 +166,29 @@ class Camera:
                 self._changed.wait(min(left, _WAIT_S))
 
     def _is_fresh(self, frame: Frame) -> bool:
-        """Whether it was captured since the trigger, as far as its clock can tell."""
-        return frame.captured_s >= self._fence - (_DRIFT_S if frame.clock == "device" else 0.0)
+        """Whether it was exposed since the trigger, as far as its clock can tell.
+
+        An image that the trigger itself made cannot be older, whatever a drifting clock says. One of a camera that runs free
+        looks younger than it is by what its quickest frame needs from exposure to arrival.
+        """
+        info = self.info
+        if info is None or info.simulated:
+            return frame.captured_s >= self._fence
+        if info.triggerable:
+            return frame.captured_s >= self._fence - _DRIFT_S
+        return frame.captured_s >= self._fence + self._latency_s(info)
+
+    def _latency_s(self, info: Info) -> float:
+        """Exposure, read-out and transfer of a free-running camera: as configured, else a period, which they rarely exceed."""
+        if self.config.latency_ms is not None:
+            return self.config.latency_ms / 1e3
+        if urlsplit(self.config.uri).scheme in STREAMS:
+            return _STREAM_LATENCY_S
+        times = self._times
+        measured_s = (
+            statistics.median(b - a for a, b in zip(times, islice(times, 1, None), strict=False)) if len(times) > 1 else 0
+        )
+        return max(measured_s, 1 / info.fps if info.fps else 0.0)
 
     # --- the supervising thread
 
@@ -195,28 +227,53 @@ class Camera:
         self.info = info
         guard = _Guard(self.config.guards, info)
         self._become(CameraState.STREAMING)
-        asked = info.triggerable and self.on_demand
-        silent_since, missing = time.monotonic(), 0
+        if info.triggerable and self.on_demand:
+            self._ask(source, guard, info)
+        else:
+            self._flow(source, guard, info)
+
+    def _flow(self, source: Source, guard: _Guard, info: Info) -> None:
+        """Frames as they come. Raises CameraError when none does."""
+        heard_s = time.monotonic()
         while not self._closing.is_set():
-            if asked and not self._asked(source):
-                silent_since = time.monotonic()
+            frame = source.read(_WAIT_S)
+            if frame is not None:
+                self._deliver(frame, guard, info)
+            elif not info.waits and not self._patient(heard_s):
+                raise self._silent(heard_s)
+            if frame is not None or info.waits:  # a line may stand still; a source that hangs says so itself
+                heard_s = time.monotonic()
+
+    def _ask(self, source: Source, guard: _Guard, info: Info) -> None:
+        """One image for each trigger. Raises CameraError when two in a row do not come: one is its part's trouble."""
+        heard_s, missing = time.monotonic(), False
+        while not self._closing.is_set():
+            if not self._asked(source):
+                heard_s = time.monotonic()
                 if not info.simulated:
                     source.read(0.0)  # one that is gone says so; an image that nobody wanted does not wait
                 continue
-            frame = source.read(_WAIT_S)
-            if frame is not None:
-                silent_since = time.monotonic()
-                if asked and self._is_fresh(frame):
-                    self._wanted, missing = 0, 0
+            frame = source.read(_ASKED_WAIT_S)
+            if frame is not None and self._is_fresh(frame):
+                self._answered()
                 self._deliver(frame, guard, info)
-            elif info.waits:
-                silent_since = time.monotonic()  # a line may stand still; a source that hangs says so itself
-            elif (silence := time.monotonic() - silent_since) > self.config.timeout_ms / 1000:
-                if asked and not missing:  # one missing image is its part's trouble, two are the camera's
-                    self._wanted, missing = 0, 1
-                    self.counts.missing += 1
-                    continue
-                raise CameraError(f"{self.config.name}: silent for {silence:.1f} s", hint="cable, power, or a busy network")
+                heard_s, missing = time.monotonic(), False
+            elif frame is not None:
+                self.counts.skipped += 1
+            elif not self._patient(heard_s):
+                if missing:
+                    raise self._silent(heard_s)
+                self._answered()
+                self.counts.missing += 1
+                heard_s, missing = time.monotonic(), True
+
+    def _patient(self, heard_s: float) -> bool:
+        return time.monotonic() - heard_s <= self.config.timeout_ms / 1000
+
+    def _silent(self, heard_s: float) -> CameraError:
+        return CameraError(
+            f"{self.config.name}: silent for {time.monotonic() - heard_s:.1f} s", hint="cable, power, or a busy network"
+        )
 
     def _asked(self, source: Source) -> bool:
         """Wait for a trigger and pass it on; False when none came in a while."""
@@ -230,12 +287,18 @@ class Camera:
             source.trigger()
         return True
 
+    def _answered(self) -> None:
+        """The trigger that was passed on has its image, or gets none; one that came since then still waits."""
+        with self._changed:
+            self._wanted = 0 if self._wanted == 2 else self._wanted
+
     def _deliver(self, frame: Frame, guard: _Guard, info: Info) -> None:
         if not frame.fault and (found := guard.fault(frame)):
             frame = replace(frame, fault=found[0].value, fault_detail=found[1])
         self.counts.frames += 1
         self.counts.lost += frame.lost
         self.counts.broken += bool(frame.fault)
+        self._times.append(frame.captured_s)
         latest = self.on_demand or self.config.policy == "latest"
         with self._changed:
             if self.on_demand and self._frames and self._is_fresh(self._frames[0]):

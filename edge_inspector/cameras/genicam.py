@@ -27,6 +27,7 @@ FORMATS: dict[int, tuple[str, type, int, int | None]] = {
 }  # fmt: skip
 """PFNC code: name, type, channels in memory, conversion to BGR (None: as it is)."""
 _OLD_NAMES = {"RGB8Packed": "RGB8", "BGR8Packed": "BGR8", "RGBA8Packed": "RGBa8", "BGRA8Packed": "BGRa8"}
+_NO_ID = (0, 2**64 - 1)
 BLOCK_IDS = 65535
 """Block ids of GigE Vision 1 go from 65535 to 1."""
 STEP = 0.01
@@ -76,7 +77,7 @@ def pixels(memory: Any, code: int, width: int, height: int) -> Pixels:
 
 def gap(last: int, now: int) -> int:
     """Frames lost between two block ids, across the wrap of 16-bit ones; a camera that counts anew has lost none."""
-    if not last or now == last + 1:
+    if not last or now == last + 1 or now in _NO_ID:
         return 0
     if now > last:
         return now - last - 1
@@ -102,6 +103,8 @@ class Nodes(Protocol):
 
 def apply(nodes: Nodes, config: CameraConfig) -> None:
     """Set what the configuration sets and read all of it back. Raises CameraError with the camera's own range."""
+    if nodes.text("AcquisitionMode") is not None:  # a camera left in SingleFrame gives one image, and then none
+        _set(nodes, config, ("AcquisitionMode",), "Continuous")
     sizes = {"Width": config.width, "Height": config.height, "OffsetX": config.offset_x, "OffsetY": config.offset_y}
     wanted: list[tuple[tuple[str, ...], Any]] = [((name,), value) for name, value in sizes.items() if value is not None]
     if config.pixel_format is not None:
@@ -120,6 +123,8 @@ def _set(nodes: Nodes, config: CameraConfig, names: tuple[str, ...], value: bool
     name = next((name for name in names if nodes.text(name) is not None), None)
     if name is None:
         raise CameraError(f"{config.name}: the camera has no {' or '.join(names)}", hint="see its manual for the names")
+    if _alike(value, nodes.text(name) or ""):  # some cannot be written, and need not
+        return
     given = str(int(value)) if isinstance(value, bool) else str(value)
     try:
         nodes.put(name, given)
@@ -142,6 +147,11 @@ def _alike(value: bool | float | str, found: str) -> bool:
         return False
 
 
+def trigger_name(source: str) -> str:
+    """`software` is written as one likes, lines and counters as the camera's manual does."""
+    return "Software" if source.lower() == "software" else source
+
+
 def set_trigger(nodes: Nodes, config: CameraConfig, source: str) -> str:
     """Make the camera wait for `source` (`software`, `Line1`), or run free where it is empty. Returns it."""
     if nodes.text("TriggerMode") is None:
@@ -151,7 +161,7 @@ def set_trigger(nodes: Nodes, config: CameraConfig, source: str) -> str:
     if nodes.text("TriggerSelector") is not None:
         _set(nodes, config, ("TriggerSelector",), "FrameStart")
     if source:
-        _set(nodes, config, ("TriggerSource",), source.capitalize())
+        _set(nodes, config, ("TriggerSource",), trigger_name(source))
     _set(nodes, config, ("TriggerMode",), "On" if source else "Off")
     return source
 

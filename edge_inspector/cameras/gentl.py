@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
-from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, check_format, moment
+from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, check_format, moment, settle
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 from edge_inspector.frames import Frame, frozen
@@ -123,6 +123,8 @@ class GentlSource:
         check_format(self.config, info)
         self._acquirer.num_buffers = BUFFERS
         self._acquirer.start()
+        if not trigger:
+            settle(self.read, self.config.timeout_ms / 1000)
         return info
 
     def read(self, timeout_s: float) -> Frame | None:
@@ -140,7 +142,8 @@ class GentlSource:
         lost, self._last_id = genicam.gap(self._last_id, identity), identity
         seq, self._seq = self._seq, self._seq + 1
         if not buffer.module.is_complete() or not buffer.payload.components:
-            return replace(broken_frame(seq, str(identity), f"{self.config.name}: incomplete"), lost=lost)
+            broken = broken_frame(seq, str(identity), f"{self.config.name}: incomplete")
+            return replace(broken, lost=lost, **self._clock.known(_timestamp_s(buffer)))
         shown = buffer.payload.components[0]
         stamp = _timestamp_s(buffer)
         captured_s = self._clock.captured_s(stamp, arrived_s) if stamp else arrived_s

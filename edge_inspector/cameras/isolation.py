@@ -46,6 +46,8 @@ _HANGS_S = 2.0
 """Beside the camera's own timeout: a child that says nothing at all for so long is stuck in its driver."""
 _IDLE_S = 0.25
 _LEAVE_S = 0.5
+_SLICE_S = 0.002
+"""Between two looks for a triggered image: the child listens for the next trigger meanwhile."""
 _TRIGGER = b"t"
 _UNPACED_S = 0.04
 """Between two frames of a recording that has no rate of its own."""
@@ -239,18 +241,26 @@ def _child(channel: socket.socket, specification: dict[str, Any]) -> None:
         info = source.open()
         channel.send(json.dumps({"info": asdict(info)}).encode())
         triggered = _as_told(info).triggerable
+        outstanding = late = clocked = False
         wait_s = _IDLE_S if triggered else _UNPACED_S if info.pulled else 0.0
         while True:
-            called = bool(select.select([channel], [], [], wait_s)[0])
+            called = bool(select.select([channel], [], [], _SLICE_S if outstanding else wait_s)[0])
             if called and not channel.recv(1):  # the parent is gone
                 return
             if called:
+                late = late or outstanding  # a camera without a clock cannot tell whose image comes next
+                if late and not clocked:
+                    raise CameraError(f"{config.name}: an image is missing, and no clock tells whose the next one is")
+                while source.read(0.0) is not None:  # an image that nobody waits for any more
+                    pass
                 source.trigger()
+                outstanding = True
             # An untold camera is asked too: one that is gone says so, and an image that nobody wanted does not wait.
-            frame = source.read(config.timeout_ms / 1000 if called or not triggered else 0.0)
-            if frame is not None and (called or not triggered):
+            frame = source.read(0.0 if triggered else config.timeout_ms / 1000)
+            if frame is not None and (outstanding or not triggered):
+                outstanding, clocked = False, frame.clock == "device"
                 sender.send(frame)
-            else:
+            elif frame is None:
                 with contextlib.suppress(BlockingIOError):
                     channel.send(_ALIVE, socket.MSG_DONTWAIT)
     except CameraError as error:

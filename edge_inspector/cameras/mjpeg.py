@@ -7,6 +7,8 @@ whose part is undecided. Format: multipart/x-mixed-replace (RFC 2046, 5.1); Cont
 from __future__ import annotations
 
 import http.client
+import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -17,14 +19,16 @@ from urllib.parse import unquote, urlsplit
 
 from edge_inspector import pictures
 from edge_inspector.cameras.folder import broken_frame
-from edge_inspector.cameras.source import Info, check_format
+from edge_inspector.cameras.source import Info, check_format, moment
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError, PictureError
-from edge_inspector.frames import Frame, frozen, utc_now
+from edge_inspector.frames import Frame, frozen
 
 MAX_BYTES = 64 << 20
 """Of one picture."""
 _MAX_LINE = 65536
+_MAX_BETWEEN = 256
+"""Bytes of a boundary and headers, which some cameras send before their picture is there."""
 _HINT = "is it the address of the camera's MJPEG stream? open it in a browser"
 
 
@@ -37,7 +41,7 @@ class MjpegSource:
         self._boundary = b""
         self._carried = b""
         """A boundary that ended a picture of unknown length."""
-        self._seq = 0
+        self._seq, self._live_s = 0, 0.0
 
     def open(self) -> Info:
         """Connect and take the first picture. Raises CameraError."""
@@ -73,12 +77,32 @@ class MjpegSource:
         except (http.client.HTTPException, OSError, ValueError) as error:
             raise CameraError(f"{self.config.name}: the stream broke: {error}", hint="did the camera restart?") from error
         seq, self._seq = self._seq, self._seq + 1
+        if not self._is_behind():
+            self._live_s = time.monotonic()
+        captured_s = self._live_s
         try:
             if data[:2] != b"\xff\xd8":
                 raise PictureError("not a JPEG")
-            return Frame(frozen(pictures.decode(data, "picture")), seq, time.monotonic(), utc_now())
+            return Frame(frozen(pictures.decode(data, "picture")), seq, captured_s, moment(captured_s))
         except PictureError as error:
             return broken_frame(seq, "", error.message)
+
+    def _is_behind(self) -> bool:
+        """Whether a later picture waits already: then this one is old, and is dated as the last timely one."""
+        response = self._response
+        connection: socket.socket | None = getattr(getattr(getattr(response, "fp", None), "raw", None), "_sock", None)
+        if response is None or connection is None:
+            return False
+        connection.settimeout(0.0)
+        try:
+            waiting = len(response.fp.peek(_MAX_BETWEEN))
+            if waiting <= _MAX_BETWEEN and not isinstance(connection, ssl.SSLSocket):
+                waiting += len(connection.recv(_MAX_LINE, socket.MSG_PEEK))
+        except OSError:  # nothing more
+            return False
+        finally:
+            connection.settimeout(self.config.timeout_ms / 1000)
+        return waiting > _MAX_BETWEEN
 
     def _part(self) -> bytes:
         """Bytes of the next part. Raises ValueError where the stream is none, OSError where it ends."""

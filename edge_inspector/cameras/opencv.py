@@ -36,7 +36,7 @@ class OpencvSource:
         self._capture: cv2.VideoCapture | None = None
         self._seq = 0
         self._kernel_stamps = Address.of(config.uri).scheme == "v4l2"
-        self._clock, self._stamp = DeviceClock(), 0.0
+        self._clock = DeviceClock()
 
     def open(self) -> Info:
         """Open, set, read back. Raises CameraError."""
@@ -92,17 +92,14 @@ class OpencvSource:
         if self._kernel_stamps:
             known = 0.0 <= arrived_s - stamp < _OLDEST_S
             return (stamp, "kernel") if known else (arrived_s, "arrival")
-        if stamp <= self._stamp:  # none, or the stream's time was set anew
-            self._clock = DeviceClock()
-        self._stamp = stamp
         return (self._clock.captured_s(stamp, arrived_s), "device") if stamp > 0 else (arrived_s, "arrival")
 
     def _drain(self, capture: cv2.VideoCapture, fps: float) -> None:
-        """Let go of what the server or FFmpeg has kept: up to a second of it comes at once, then each frame in its time."""
-        end = time.monotonic() + _DRAIN_S
-        while (began := time.monotonic()) < end:
-            if not capture.grab() or time.monotonic() - began > _LIVE_SHARE / max(1.0, fps):
-                return
+        """Let go of what the server or FFmpeg has kept, up to a second of it at once; what follows teaches us its clock."""
+        end, live = time.monotonic() + _DRAIN_S, 0
+        while live < DeviceClock.SURE and (began := time.monotonic()) < end and capture.grab():
+            self._when(capture, time.monotonic())
+            live += time.monotonic() - began > _LIVE_SHARE / max(1.0, fps)
 
     def trigger(self) -> None:
         """These cameras run free."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
-from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, check_format, moment
+from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, check_format, moment, settle
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 from edge_inspector.frames import Frame, frozen
@@ -105,6 +105,8 @@ class PylonSource:
         info = genicam.info_from(nodes, self.config, trigger)
         check_format(self.config, info)
         self._camera.StartGrabbing(pylon.GrabStrategy_OneByOne)
+        if not trigger:
+            settle(self.read, self.config.timeout_ms / 1000)
         return info
 
     def read(self, timeout_s: float) -> Frame | None:
@@ -125,7 +127,8 @@ class PylonSource:
         lost, self._last_id = genicam.gap(self._last_id, identity), identity
         seq, self._seq = self._seq, self._seq + 1
         if not result.GrabSucceeded():
-            return replace(broken_frame(seq, str(identity), f"{self.config.name}: {result.GetErrorDescription()}"), lost=lost)
+            broken = broken_frame(seq, str(identity), f"{self.config.name}: {result.GetErrorDescription()}")
+            return replace(broken, lost=lost, **self._clock.known(result.GetTimeStamp() / 1e9))
         stamp = result.GetTimeStamp() / 1e9  # 0 from an emulated camera
         captured_s = self._clock.captured_s(stamp, arrived_s) if stamp else arrived_s
         with result.GetArrayZeroCopy(raw=True) as memory:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from edge_inspector.config import CameraConfig
@@ -126,21 +127,45 @@ class DeviceClock:
     """
 
     WINDOW_S = 30.0
+    SURE = 8
+    """Frames after which one of them is taken to have come without delay."""
 
     def __init__(self) -> None:
         self._least: deque[tuple[float, float]] = deque(maxlen=2)
         """Least differences: of the window before, of this one; each with its beginning."""
+        self._device_s = float("-inf")
 
     def captured_s(self, device_s: float, arrived_s: float) -> float:
         """time.monotonic() of a frame's timestamp; never later than its arrival."""
+        if device_s < self._device_s:  # it was set anew
+            self._least.clear()
+        self._device_s = device_s
         difference = arrived_s - device_s
+        while self._least and arrived_s - self._least[0][0] > 2 * self.WINDOW_S:  # after a pause nothing is known of it
+            self._least.popleft()
         if not self._least or arrived_s - self._least[-1][0] > self.WINDOW_S:
             self._least.append((arrived_s, difference))
         elif difference < self._least[-1][1]:
             self._least[-1] = (self._least[-1][0], difference)
         return device_s + min(least for _, least in self._least)
 
+    def known(self, device_s: float) -> dict[str, Any]:
+        """Times of a broken frame, which teaches nothing; none where it has no timestamp, or nothing is known yet."""
+        if not device_s or not self._least:
+            return {}
+        captured_s = device_s + min(least for _, least in self._least)
+        return {"captured_s": captured_s, "captured_at": moment(captured_s), "clock": "device"}
+
 
 def moment(captured_s: float) -> datetime:
     """The wall clock's time of a monotonic one."""
     return datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - captured_s)
+
+
+def settle(read: Callable[[float], Frame | None], timeout_s: float) -> None:
+    """Let the first frames of a camera that runs free go by: they teach us its clock, where it has one."""
+    end = time.monotonic() + timeout_s
+    for _ in range(DeviceClock.SURE):
+        frame = read(max(0.0, end - time.monotonic()))
+        if frame is None or frame.clock == "arrival":
+            return

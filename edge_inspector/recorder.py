@@ -1,0 +1,125 @@
+"""From an inspection to its record and its verdict: a fail is told at once, a pass when its record is on disk.
+
+What must never be: a pass without a record, a trigger without a result, a verdict after its expiry.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from edge_inspector.broker import verdict_of
+from edge_inspector.errors import OutboxError
+from edge_inspector.evidence import EvidenceStore
+from edge_inspector.frames import Frame, Trigger, utc_now
+from edge_inspector.inspector import Inspection
+from edge_inspector.messages import Ready, VerdictMessage
+from edge_inspector.outbox import Outbox
+from edge_inspector.outputs import Outputs
+from edge_inspector.results import ConfigurationRef, Reason, RecipeRef, Result, Times, Verdict
+
+log = logging.getLogger(__name__)
+
+
+class Voice(Protocol):
+    """Where verdicts and readiness go."""
+
+    def verdict(self, verdict: VerdictMessage) -> bool:
+        """Tell the diverter."""
+        ...
+
+    def retain(self, message: Ready, *levels: str) -> None:
+        """Publish a retained message."""
+        ...
+
+
+@dataclass
+class RecordCounts:
+    """Results since the start."""
+
+    passed: int = 0
+    failed: int = 0
+    undecided: int = 0
+
+
+class Recorder:
+    """Tells and stores the outcomes of one station."""
+
+    def __init__(
+        self, station: str, outbox: Outbox, evidence: EvidenceStore, output: Outputs | None, configuration: ConfigurationRef, *,
+        clock_ok: Callable[[], bool], simulated: Callable[[], bool], held_up: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        """`held_up` waits while the outbox is full; False: give up. Verdicts go nowhere before `voice` is set."""
+        self.voice: Voice | None = None
+        self.counts = RecordCounts()
+        self._station, self._outbox, self._evidence, self._output = station, outbox, evidence, output
+        self._configuration = configuration
+        self._clock_ok, self._simulated, self._held_up = clock_ok, simulated, held_up
+
+    def finish(
+        self,
+        trigger: Trigger,
+        inspection: Inspection,
+        recipe: RecipeRef | None = None,
+        frames: Mapping[str, list[Frame]] | None = None,
+        captured_ms: float = 0.0,
+    ) -> None:
+        """Tell a fail at once, a pass when its record is on disk; store the record of either."""
+        shown = [frame for got in (frames or {}).values() for frame in got]
+        verdict, reason, detail = inspection.verdict, inspection.reason, inspection.detail
+        decided_s = time.monotonic()
+        if decided_s > trigger.expires_s:
+            over_ms = (decided_s - trigger.expires_s) * 1e3
+            detail = f"{over_ms:.0f} ms late; would have been {verdict.value} ({reason.value})"
+            verdict, reason = Verdict.UNDECIDED, Reason.LATE
+        total_ms = (decided_s - trigger.received_s) * 1e3
+        times = inspection.times_ms.model_copy(update={"capture": round(captured_ms, 2), "total": round(total_ms, 2)})
+        result = Result(
+            station=self._station, trigger_id=trigger.trigger_id, part_id=trigger.part_id, product=trigger.product,
+            verdict=verdict, reason=reason, detail=detail[:256], state="completed" if recipe is not None else "failed",
+            simulated=self._simulated(), clock_ok=self._clock_ok(), triggered_at=trigger.triggered_at,
+            captured_at=shown[0].captured_at if shown else None, decided_at=utc_now(), expires_at=trigger.expires_at,
+            recipe=recipe, configuration=self._configuration, findings=inspection.findings,
+            times_ms=times if recipe is not None else Times(total=round(total_ms, 2)),
+        )  # fmt: skip
+        if verdict is not Verdict.PASS:
+            self._tell(result, trigger)
+        if inspection.views:
+            title = f"{self._station}  part {trigger.part_id or trigger.trigger_id}  {verdict.value}"
+            result = result.model_copy(update={"evidence": self._evidence.keep(inspection.views, title)})
+        self._store(result, trigger)
+
+    def _store(self, result: Result, trigger: Trigger) -> None:
+        """Hand over to the outbox; while that is full, hold everything up: what is not accepted must not be forgotten."""
+        while True:
+            try:
+                future = self._outbox.submit(result, expires_s=trigger.expires_s)
+                future.add_done_callback(partial(self._stored, result.verdict, trigger))
+                break
+            except OutboxError as error:
+                if not self._held_up():
+                    log.error("no record of trigger %s: %s", trigger.trigger_id, error)
+                    break
+
+    def _stored(self, told: Verdict, trigger: Trigger, future: Future[Result]) -> None:
+        """The record is on disk (this is the committer's thread)."""
+        if future.exception() is not None:
+            return
+        result = future.result()
+        counts = self.counts
+        counts.passed += result.verdict is Verdict.PASS
+        counts.failed += result.verdict is Verdict.FAIL
+        counts.undecided += result.verdict is Verdict.UNDECIDED
+        if told is Verdict.PASS and time.monotonic() <= trigger.expires_s:
+            self._tell(result, trigger)
+
+    def _tell(self, result: Result, trigger: Trigger) -> None:
+        if self._output is not None:
+            self._output.verdict(result.verdict, trigger.received_s, trigger.expires_s)
+        if self.voice is not None:
+            self.voice.verdict(verdict_of(result))
