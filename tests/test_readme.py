@@ -10,6 +10,7 @@ import pytest
 import typer.main
 
 from edge_inspector.cli import app
+from edge_inspector.config import load_device
 from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,22 @@ def test_every_command_exists_with_its_options(page: Path) -> None:
         assert words[0] in verbs, line
         known = {option for parameter in verbs[words[0]].params for option in parameter.opts}
         assert {word for word in words[1:] if word.startswith("--")} <= known, line
+
+
+def test_the_documents_examples_are_valid(tmp_path: Path) -> None:
+    """README's wires, and all that `init` leaves commented out of device.yaml and line.yaml."""
+    found = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(found) == 1
+    device = (ROOT / "edge_inspector" / "cli" / "templates" / "device.yaml").read_text()
+    (tmp_path / "device.yaml").write_text(
+        re.sub(r"^(\s*)# (?=[a-z_ ]+: |  )", r"\1", device.split("# outputs:")[0], flags=re.MULTILINE)
+    )
+    load_device(tmp_path / "device.yaml")
+    (tmp_path / "device.yaml").write_text(device + found[0])
+    assert set(load_device(tmp_path / "device.yaml").config.outputs) == {"press-1"}
+    commented = "outputs:" + re.sub(r"^# ", "", device.split("# outputs:")[1], flags=re.MULTILINE)
+    (tmp_path / "device.yaml").write_text(device + commented)
+    assert load_device(tmp_path / "device.yaml").config.outputs["press-1"].heartbeat is not None
 
 
 def test_the_python_example_runs(tmp_path: Path, mosquitto: Mosquitto, capsys: pytest.CaptureFixture[str]) -> None:
