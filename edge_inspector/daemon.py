@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -17,12 +17,12 @@ from importlib.metadata import version
 from edge_inspector import health, messages, preprocess, systemd
 from edge_inspector.broker import ALERT_EXPIRES_S, Broker
 from edge_inspector.bundles import Bundle, open_bundle
-from edge_inspector.cameras import open_source
+from edge_inspector.cameras import Camera, open_source
 from edge_inspector.config import Device, LineConfig, StationConfig, load_line
 from edge_inspector.errors import EngineLost, InspectorError
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import utc_now
-from edge_inspector.messages import Alert, Cause, StateMessage, Topics
+from edge_inspector.messages import Alert, CameraFacts, Cause, StateMessage, Topics
 from edge_inspector.mqtt import Connection, Will, read_password, tls_context
 from edge_inspector.outbox import Outbox
 from edge_inspector.outputs import Outputs
@@ -85,6 +85,10 @@ def open_engine(device: Device, line: LineConfig, name: str, tell: Tell) -> Abst
     """The engine of a bundle, verified, not entered yet. Raises BundleError."""
     bundle = open_bundle(device.bundles / name, device.trust, clock_ok=health.clock().ok)
     return opened(bundle, device.config.engine, workshop_of(device), partial(batch_of, bundle, line), tell)
+
+
+def _facts(camera: Camera) -> CameraFacts:
+    return CameraFacts.model_validate({"state": camera.state.value, **asdict(camera.counts)})
 
 
 @dataclass
@@ -190,7 +194,9 @@ class _Line:
         causes += [Cause(code="hanging", severity="failure", thing=name, text="does not answer") for name in hanging]
         self._clock = health.clock()
         self.alarms.update(causes)
-        told = health.assess(causes, self.outbox.counts, self._clock, self.broker.refused + self.connection.dropped)
+        cameras = {f"{s.name}/{name}": _facts(camera) for s in stations for name, camera in s.cameras.items()}
+        dropped = self.broker.refused + self.connection.dropped
+        told = health.assess(causes, self.outbox.counts, self._clock, dropped, cameras)
         news = (told.status, told.reasons)
         if news != self._told or time.monotonic() - self._told_s > HEALTH_EVERY_S:
             self._told, self._told_s = news, time.monotonic()

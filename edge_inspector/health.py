@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from edge_inspector.frames import utc_now
-from edge_inspector.messages import Cause, ClockFacts, HealthMessage, OutboxFacts
+from edge_inspector.messages import CameraFacts, Cause, ClockFacts, HealthMessage, OutboxFacts
 from edge_inspector.outbox import Counts
 
 _ORDER = ("failure", "check_function", "off_spec", "maintenance_required")
@@ -40,7 +40,9 @@ def storage_causes(outbox: Counts, state: Path) -> list[Cause]:
     return causes
 
 
-def assess(causes: Iterable[Cause], outbox: Counts, clock_facts: ClockFacts, dropped_messages: int) -> HealthMessage:
+def assess(
+    causes: Iterable[Cause], outbox: Counts, clock_facts: ClockFacts, dropped_messages: int, cameras: dict[str, CameraFacts]
+) -> HealthMessage:
     """The status is that of the gravest cause."""
     reasons = sorted(causes, key=lambda cause: _ORDER.index(cause.severity))
     return HealthMessage(
@@ -56,4 +58,5 @@ def assess(causes: Iterable[Cause], outbox: Counts, clock_facts: ClockFacts, dro
         ),
         clock=clock_facts,
         dropped_messages=dropped_messages,
+        cameras=cameras,
     )

@@ -175,6 +175,18 @@ class ClockFacts(TolerantModel):
     offset_ms: float | None = None
 
 
+class CameraFacts(TolerantModel):
+    """What a camera has delivered since the start, and what it has not."""
+
+    state: str
+    frames: int
+    lost: int = Field(description="on their way, or because nobody took them in time")
+    broken: int = Field(description="came, but cannot be judged")
+    missing: int = Field(description="asked for by a trigger, and never came")
+    skipped: int = Field(description="let go on purpose: older than wanted")
+    reopened: int
+
+
 class HealthMessage(TolerantModel):
     """health, retained: NAMUR NE 107 status and its reasons."""
 
@@ -185,6 +197,7 @@ class HealthMessage(TolerantModel):
     outbox: OutboxFacts
     clock: ClockFacts
     dropped_messages: int = 0
+    cameras: dict[str, CameraFacts] = Field(default_factory=dict, description="by station/camera")
 
 
 class Alert(TolerantModel):

@@ -173,6 +173,7 @@ def test_the_daemon_is_ready_without_broker_or_camera_and_results_wait(tmp_path:
     with listening(mosquitto.port) as listener, DaemonProcess(missing):
         until(lambda: any(h["status"] == "failure" for h in listener.of("health")), what="health")
         assert listener.of("health")[-1]["reasons"][0]["code"] == "camera_fault"
+        assert {facts["state"] for facts in listener.of("health")[-1]["cameras"].values()} == {"fault"}
 
 
 def test_a_bundle_that_fails_its_samples_leaves_the_station_not_ready_and_the_daemon_up(

@@ -112,9 +112,9 @@ def test_the_gravest_cause_is_the_status(tmp_path: Path) -> None:
         Cause(code="disk_high", severity="maintenance_required", thing="disk", text=""),
         Cause(code="camera_fault", severity="failure", thing="s/top", text=""),
     ]
-    told = health.assess(causes, Counts(), clock, 0)
+    told = health.assess(causes, Counts(), clock, 0, {})
     assert told.status == "failure"
     assert [cause.code for cause in told.reasons] == ["camera_fault", "disk_high"]
-    assert health.assess([], Counts(), clock, 0).status == "normal"
+    assert health.assess([], Counts(), clock, 0, {}).status == "normal"
     failing = health.storage_causes(Counts(failing="database or disk is full", dropped_unsent=3), tmp_path)
     assert {"outbox_failing", "outbox_dropped"} <= {cause.code for cause in failing}
