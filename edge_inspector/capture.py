@@ -92,14 +92,15 @@ def capture(camera: Camera, album: Album, *, count: int, every_s: float, ended: 
     due = time.monotonic()
     while album.kept < count and not ended():
         if camera.state is CameraState.FAULT:
-            raise CameraError(camera.fault, hint="edge-inspector cameras lists what answers")
+            raise CameraError(camera.fault, hint=camera.hint or "edge-inspector cameras lists what answers")
         if camera.on_demand and time.monotonic() >= due:
             camera.trigger()
         try:
             frame = camera.next(_WAIT_S)
         except CameraEnded:
             return
-        if frame is None or time.monotonic() < due:
+        recorded = camera.info is not None and camera.info.pulled
+        if frame is None or (time.monotonic() < due and not recorded):
             continue
         due = max(due + every_s, time.monotonic())
         yield album.take(frame)

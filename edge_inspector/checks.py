@@ -13,13 +13,19 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from edge_inspector import health, outputs
 from edge_inspector.bundles import Bundle, in_folder, open_bundle
 from edge_inspector.config import Device, LineConfig, load_device, load_line
 from edge_inspector.errors import CameraError, InspectorError
-from edge_inspector.frames import Frame
+from edge_inspector.frames import Pixels
 from edge_inspector.mqtt import probe, read_password, tls_context
+
+if TYPE_CHECKING:
+    from edge_inspector.cameras import Info, Source
 
 _CV2_HINT = "on a bare server: apt install libgl1 libglib2.0-0, or pip install opencv-python-headless instead"
 _FIRST_FRAME_S = 5.0
@@ -101,24 +107,31 @@ def _cameras(device: Device, line: LineConfig, bundles: dict[str, Bundle]) -> It
             source = open_source(camera, device.folder)
             try:
                 info = source.open()
-                if info.waits:
-                    yield Finding(thing, True, f"{camera.name}: {info}; it waits for its line, so no image was tried")
-                    continue
-                if info.triggerable:
-                    source.trigger()
-                frame = source.read(_FIRST_FRAME_S)
-                if frame is None:
-                    raise CameraError(f"{camera.name}: opened, but gave no frame in {_FIRST_FRAME_S:g} s")
-                if frame.fault:
-                    raise CameraError(f"{camera.name}: first frame: {frame.fault_detail}")
-                yield Finding(thing, True, f"{camera.name}: {info}")
+                image = _looked(source, info, camera.name)
+                words = "; it waits for its line, so no image was tried" if info.waits else ""
+                yield Finding(thing, True, f"{camera.name}: {info}{words}")
             except InspectorError as error:
                 yield _faulty(thing, error)
                 continue
             finally:
                 source.close()
             for recipe_id in dict.fromkeys(station.products.values()):
-                yield from _recipe(line, recipe_id, name, frame, bundles)
+                yield from _recipe(line, recipe_id, name, image, bundles)
+
+
+def _looked(source: Source, info: Info, name: str) -> Pixels:
+    """A first image; of a camera that waits for its line, a blank one of its format. Raises CameraError."""
+    if info.waits:
+        shape = (info.height, info.width) if info.channels == 1 else (info.height, info.width, info.channels)
+        return np.zeros(shape, np.uint8 if info.depth_bits == 8 else np.uint16)
+    if info.triggerable:
+        source.trigger()
+    frame = source.read(_FIRST_FRAME_S)
+    if frame is None:
+        raise CameraError(f"{name}: opened, but gave no frame in {_FIRST_FRAME_S:g} s")
+    if frame.fault:
+        raise CameraError(f"{name}: first frame: {frame.fault_detail}")
+    return frame.image
 
 
 def _outputs(device: Device, line: LineConfig) -> Iterator[Finding]:
@@ -133,12 +146,12 @@ def _outputs(device: Device, line: LineConfig) -> Iterator[Finding]:
         except InspectorError as error:
             yield _faulty(thing, error)
             continue
-        early = [p for p in (config.ok, config.reject) if p is not None and p.delay_ms and p.delay_ms < station.expires_ms]
+        early = config.early(station.expires_ms)
         hint = f"a verdict may take {station.expires_ms} ms: too late for a pulse after {early[0].delay_ms:g}" if early else ""
         yield Finding(thing, not early, f"{config.chip}, lines {', '.join(map(str, sorted(config.lines)))}", hint)
 
 
-def _recipe(line: LineConfig, recipe_id: str, camera: str, frame: Frame, bundles: dict[str, Bundle]) -> Iterator[Finding]:
+def _recipe(line: LineConfig, recipe_id: str, camera: str, image: Pixels, bundles: dict[str, Bundle]) -> Iterator[Finding]:
     """Say whether a recipe fits what the camera delivers."""
     from edge_inspector.preprocess import Plan, refuse_unlike  # noqa: PLC0415
 
@@ -149,10 +162,10 @@ def _recipe(line: LineConfig, recipe_id: str, camera: str, frame: Frame, bundles
             continue
         thing = f"recipe {recipe_id}, camera {camera}, roi {roi_name}"
         try:
-            height, width = frame.image.shape[:2]
+            height, width = image.shape[:2]
             plan = Plan(bundle.manifest.input, roi.shape, height, width, recipe.intensity_window)
             refuse_unlike(bundle.manifest.training, bundle.manifest.input, plan.box)
-            plan.fill(frame.image, *plan.buffers())
+            plan.fill(image, *plan.buffers())
             yield Finding(thing, True, f"fits, {len(plan.tiles)} tile(s) for bundle {roi.bundle}")
         except InspectorError as error:
             yield _faulty(thing, error)

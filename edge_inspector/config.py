@@ -17,6 +17,8 @@ from edge_inspector.schema import Field, Model, read_yaml, validate
 
 GENICAM = ("aravis", "gige", "u3v", "pylon", "gentl")
 STREAMS = ("rtsp", "rtsps", "http", "https")
+ALONE = (*GENICAM, "v4l2", "csi")
+"""Cameras that only one can use."""
 GENICAM_SETTINGS = ("offset_x", "offset_y", "pixel_format", "exposure_us", "gain_db", "packet_size", "features")
 SCHEMES = ("dir", "file", "synthetic", "v4l2", *STREAMS, "gst", "csi", *GENICAM)
 
@@ -100,6 +102,10 @@ class OutputConfig(Model):
         pulsed = {pulse.line: pulse.active_low for pulse in (self.ok, self.reject) if pulse is not None}
         return pulsed | ({self.heartbeat.line: False} if self.heartbeat is not None else {})
 
+    def early(self, expires_ms: int) -> list[PulseConfig]:
+        """Pulses whose part may have passed before its verdict has expired."""
+        return [p for p in (self.ok, self.reject) if p is not None and p.delay_ms and p.delay_ms < expires_ms]
+
     @model_validator(mode="after")
     def _distinct(self) -> OutputConfig:
         given = sum(output is not None for output in (self.ok, self.reject, self.heartbeat))
@@ -167,7 +173,8 @@ class CameraConfig(Model):
     @property
     def name(self) -> str:
         """The address for messages, which are published: without user and password."""
-        return re.sub(r"((?:user-)?(?:pw|password)=)\S+", r"\1***", re.sub(r"//[^/\s]*@", "//", self.uri))
+        shown = re.sub(r"((?:user-)?(?:pw|password)=)\S+", r"\1***", re.sub(r"//[^/\s]*@", "//", self.uri))
+        return re.sub(r"([?&][^=&]*=)[^&]*", r"\1***", shown) if urlsplit(self.uri).scheme in STREAMS else shown
 
     @field_validator("uri")
     @classmethod
@@ -176,6 +183,8 @@ class CameraConfig(Model):
         if scheme not in SCHEMES:
             known = ", ".join(name + (":" if name == "gst" else "://") for name in SCHEMES)
             raise ValueError(f"camera URI must start with one of {known}")
+        if scheme == "gst" and not uri.removeprefix("gst:").strip():
+            raise ValueError("a pipeline is expected after gst: (gst:v4l2src ! jpegdec)")
         if scheme == "gst" and re.search(r"\w*sink\b", uri):
             raise ValueError("a pipeline is given without its sink: ours is added; none may write anywhere else")
         return uri
@@ -273,10 +282,16 @@ def _station_faults(path: str, station: StationConfig) -> list[Fault]:
 
 def _faults(line: LineConfig) -> list[Fault]:
     """What fits each model but not the others: names that lead nowhere."""
-    faults = []
+    faults, taken = [], dict[str, str]()
     for name, station in line.stations.items():
         path = f"stations.{name}"
         faults += _station_faults(path, station)
+        for camera_name, camera in station.cameras.items():
+            here, place = f"{path}.cameras.{camera_name}", camera.uri.split("?")[0]
+            if urlsplit(camera.uri).scheme in ALONE and taken.setdefault(place, here) != here:
+                faults.append(
+                    Fault(f"{here}.uri", f"is the camera of {taken[place]}", "", "each camera belongs to one station")
+                )
         for product, identity in station.products.items():
             recipe = line.recipes.get(identity)
             if recipe is None:

@@ -162,6 +162,11 @@ class _Line:
             stack.enter_context(station)
         for station in self.stations.values():
             stack.callback(station.stop_soon)
+        for name in self.outputs:
+            for pulse in device.config.outputs[name].early(line.stations[name].expires_ms):
+                log.warning(
+                    "outputs %s: verdicts may take longer than the delay of line %d: their part has passed", name, pulse.line
+                )
 
     def _setting(self, evidence: EvidenceStore, name: str, config: StationConfig) -> Setting:
         return Setting(
@@ -190,7 +195,16 @@ class _Line:
             if not hanging and self.stations[name].operational:
                 output.alive()
         causes = [*extra, *health.storage_causes(self.outbox.counts, self.device.state)]
-        causes += [cause for station in self.stations.values() for cause in station.causes()]
+        causes += [cause for station in stations for cause in station.causes()]
+        causes += [
+            Cause(
+                code="output_unused",
+                severity="failure",
+                thing=name,
+                text="device.yaml has outputs for it, line.yaml no station",
+            )
+            for name in sorted(set(self.device.config.outputs) - set(self.stations))
+        ]
         causes += [Cause(code="hanging", severity="failure", thing=name, text="does not answer") for name in hanging]
         self._clock = health.clock()
         self.alarms.update(causes)
@@ -239,7 +253,7 @@ def run(
     stop: threading.Event,
     reload: threading.Event,
     *,
-    on_ready: Callable[[], None] = lambda: None,
+    on_ready: Callable[[LineConfig], None] = lambda _: None,
     until_ended: bool = False,
 ) -> None:
     """Run the line until `stop` is set; `reload` makes it read line.yaml again. Blocks.
@@ -256,7 +270,7 @@ def run(
                     if name in orders:
                         station.resume(*orders[name])
                 systemd.notify("READY=1")
-                on_ready()
+                on_ready(line)
                 changed = _serve(current, stop, reload, refused, until_ended=until_ended)
                 systemd.notify("STOPPING=1" if changed is None else "RELOADING=1")
                 orders = {name: station.orders for name, station in current.stations.items()}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from edge_inspector.config import StationConfig
 from edge_inspector.frames import Frame, Trigger
 
+_NEAR_S = 10.0
 MOST = 256
 """Announcements and exposures that wait; beyond it the oldest are given up."""
 
@@ -64,6 +65,7 @@ class Matcher:
         self._triggers: list[Trigger] = []
         self._given_up: deque[Exposure] = deque(maxlen=MOST)
         self._last_s: dict[str, float] = {}
+        self._seen_s: deque[float] = deque(maxlen=64)
         self._unseen = 0
         """Edges of a single camera whose images were lost on their way. Of several cameras, a group misses what one of them
         has lost; an edge that all of them lost is not known."""
@@ -85,6 +87,7 @@ class Matcher:
     def seen(self, camera: str, frame: Frame) -> None:
         """An image has arrived."""
         at_s = frame.captured_s
+        self._seen_s.append(at_s)
         if len(self.cameras) == 1:
             self._unseen += min(frame.lost, MOST)
         if at_s - self._last_s.get(camera, float("-inf")) < self.debounce_s:
@@ -133,11 +136,20 @@ class Matcher:
                 self._triggers = [t for t in self._triggers if t not in rivals]
             elif now_s > due_s + self.tolerance_s + self.patience_s or len(self._triggers) > MOST:
                 self._triggers.remove(trigger)
-                parts.append(Part(trigger, {}))
+                parts.append(Part(trigger, {}, self._nearest(due_s)))
         waits = [e for e in self._exposures if now_s <= self._known_s(e) or any(self._may_be(e, t) for t in self._triggers)]
         self.counts.extra += len(self._exposures) - len(waits[-MOST:])
         self._exposures = waits[-MOST:]
         return parts
+
+    def _nearest(self, due_s: float) -> str:
+        """Why a part has no image, with what helps to set delay and tolerance."""
+        offsets = [at_s - due_s for at_s in self._seen_s]
+        nearest = min(offsets, key=abs, default=float("inf"))
+        words = f"no image within {self.tolerance_s * 1e3:.0f} ms of its time"
+        if abs(nearest) > _NEAR_S:
+            return words
+        return f"{words}; the nearest came {abs(nearest) * 1e3:.0f} ms {'after' if nearest > 0 else 'before'} it (delay_ms)"
 
     def _known_s(self, exposure: Exposure) -> float:
         """From when on every announcement that could claim it has been heard."""

@@ -90,6 +90,7 @@ class Station:
         self._state, self._why = "preoperational", "starting"
         self._halted = False
         self._building_told_s, self._is_building = 0.0, False
+        self._told_fault = ""
         self._carried: Frame | None = None
         self._tick: Callable[[], None] = lambda: None
         self._free_ids = count(1)
@@ -116,6 +117,7 @@ class Station:
         """Finish the part at hand, then stop; triggers that still wait become undecided at the next start."""
         self._closing.set()
         self._thread.join(2.0)
+        self._become("preoperational", "stopped")
         self.setting.forget(self._thread.name)
         self._stack.close()
 
@@ -170,6 +172,7 @@ class Station:
             self._product = product
         else:
             raise InspectorError(f"no command {name!r}", hint="allowed: select-product, halt, start")
+        log.info("station %s: %s %s by command", self.name, name, product or "")
         self._tell_ready()
 
     @property
@@ -217,6 +220,8 @@ class Station:
             self._tick = self.setting.watch(self._thread.name)
             while not self._closing.is_set():
                 self._tick()
+                if self._camera_fault() != self._told_fault:
+                    self._tell_ready()
                 if self._matcher is not None:
                     self._matched_parts(self._matcher)
                 elif self.config.trigger == "free" and self._judges:
@@ -277,12 +282,17 @@ class Station:
             return
         recipe = self.config.products.get(self._product) if self._product else None
         state = "halted" if self._halted else "single_execution" if busy else self._state
+        why = "halted by command" if self._halted else self._why or self._camera_fault()
+        self._told_fault = self._camera_fault()
         ready = Ready.model_validate({
             "schema": "ei.ready.v1", "station": self.name, "state": state, "busy": busy,
-            "ready": state in ("ready", "continuous_execution"), "product": self._product, "recipe": recipe,
-            "reason": "halted by command" if self._halted else self._why, "session": self.setting.session,
+            "ready": state in ("ready", "continuous_execution") and not why, "product": self._product, "recipe": recipe,
+            "reason": why, "session": self.setting.session,
         })  # fmt: skip
         self.voice.retain(ready, "ready", self.name)
+
+    def _camera_fault(self) -> str:
+        return next((f"camera {n}: {c.fault}" for n, c in self.cameras.items() if c.state is CameraState.FAULT), "")
 
     def announce(self) -> None:
         """Tell whether the station is ready; the daemon calls it once `voice` is set."""
@@ -311,8 +321,7 @@ class Station:
     @property
     def operational(self) -> bool:
         """Whether parts that come now are judged; what the heartbeat tells."""
-        faulty = any(camera.state is CameraState.FAULT for camera in self.cameras.values())
-        return self._judges and self._state != "preoperational" and not faulty
+        return self._judges and self._state != "preoperational" and not self._camera_fault()
 
     def _free_part(self) -> None:
         name, camera = next(iter(self.cameras.items()))

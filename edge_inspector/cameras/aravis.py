@@ -54,7 +54,7 @@ _CALLS: dict[str, tuple[Any, tuple[Any, ...], bool]] = {
     "arv_update_device_list": (None, (), False), "arv_get_n_devices": (ctypes.c_uint, (), False),
     **{f"arv_get_device_{what}": (_S, (ctypes.c_uint,), False) for what in _TOLD},
     "arv_camera_new": (_P, (_S,), True), "arv_camera_get_device": (_P, (_P,), False),
-    "arv_camera_set_trigger": (None, (_P, _S), True), "arv_camera_clear_triggers": (None, (_P,), True),
+    "arv_camera_clear_triggers": (None, (_P,), True),
     "arv_camera_software_trigger": (None, (_P,), True), "arv_camera_get_payload": (ctypes.c_uint, (_P,), True),
     "arv_camera_create_stream": (_P, (_P, _P, _P), True), "arv_camera_start_acquisition": (None, (_P,), True),
     "arv_camera_stop_acquisition": (None, (_P,), True), "arv_camera_is_gv_device": (_B, (_P,), False),
@@ -219,7 +219,12 @@ class AravisSource:
         arv.device_set_range_check_policy(self._device, _CHECK_RANGES)
         self._on_lost = _LOST(lambda _device, _data: self._vanished())  # kept: C calls it as long as the device lives
         arv.gobject.g_signal_connect_data(self._device, b"control-lost", self._on_lost, None, None, 0)
-        info = self._set_up()
+        try:
+            info = self._set_up()
+        except CameraError as error:
+            if error.message.startswith(self.config.name):
+                raise
+            raise self._error(error.message, "is it used by another program, or by the daemon?") from error
         payload = arv.camera_get_payload(self._camera)
         self._stream = arv.camera_create_stream(self._camera, None, None)
         for _ in range(BUFFERS):
@@ -249,8 +254,7 @@ class AravisSource:
             arv.camera_gv_auto_packet_size(self._camera)
         nodes = _Nodes(self._device)
         genicam.apply(nodes, config)
-        if self._trigger:
-            arv.camera_set_trigger(self._camera, genicam.trigger_name(self._trigger).encode())
+        genicam.set_trigger(nodes, config, self._trigger)
         info = genicam.info_from(nodes, config, self._trigger)
         check_format(config, info)
         return info

@@ -103,7 +103,7 @@ class Camera:
         """
         self.name, self.config, self._make, self.on_demand = name, config, make, on_demand
         self._on_frame = on_frame
-        self.state, self.fault = CameraState.CONNECTING, ""
+        self.state, self.fault, self.hint = CameraState.CONNECTING, "", ""
         self.info: Info | None = None
         self.counts = CameraCounts()
         self._frames: deque[Frame] = deque()
@@ -203,7 +203,7 @@ class Camera:
             except CameraError as error:
                 if self.fault != error.message:
                     log.warning("camera %s: %s", self.name, error.message)
-                self._become(CameraState.FAULT, error.message)
+                self._become(CameraState.FAULT, error.message, error.hint)
             except Exception as error:  # root of a thread: a driver's surprise is a fault of this camera only
                 log.exception("camera %s", self.name)
                 self._become(CameraState.FAULT, f"{self.config.name}: {error}")
@@ -217,9 +217,9 @@ class Camera:
             wait_s = min(wait_s * 2, _BACKOFF_S[1])
             self.counts.reopened += 1
 
-    def _become(self, state: CameraState, fault: str = "") -> None:
+    def _become(self, state: CameraState, fault: str = "", hint: str = "") -> None:
         with self._changed:
-            self.state, self.fault = state, fault
+            self.state, self.fault, self.hint = state, fault, hint
             self._changed.notify_all()
 
     def _supervise(self, source: Source) -> None:

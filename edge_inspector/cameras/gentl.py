@@ -6,6 +6,7 @@ Run in a child process: a producer is a vendor's library.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import replace
@@ -30,6 +31,7 @@ def harvester(cti: str) -> Any:
         from harvesters.core import Harvester  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise CameraError(f"harvesters cannot be loaded: {error}", hint=HINT) from error
+    logging.getLogger("harvesters").setLevel(logging.CRITICAL)  # what it tells is told by our errors
     folders = [Path(folder) for folder in os.environ.get(PRODUCERS, "").split(":") if folder]
     producers = [Path(cti)] if cti else [path for folder in folders for path in sorted(folder.glob("*.cti"))]
     if not producers:
@@ -45,7 +47,9 @@ def harvester(cti: str) -> Any:
 
 
 def found() -> list[Found]:
-    """Cameras of all installed producers. Raises CameraError where there is no library or no producer."""
+    """Cameras of all installed producers. Raises CameraError where the library is missing."""
+    if not os.environ.get(PRODUCERS):
+        return []
     known = harvester("")
     try:
         return [

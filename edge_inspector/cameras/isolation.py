@@ -37,7 +37,7 @@ from edge_inspector.frames import Frame, frozen
 SLOTS = 8
 _ENTRY = "from edge_inspector.cameras.isolation import main; main()"
 _HEADER = 4096
-_MESSAGE = 8192
+_MESSAGE, _SPECIFICATION = 8192, 131_072
 _OPEN_MARGIN_S = 10.0
 """Beside the camera's own timeout: starting Python and importing OpenCV on a busy machine."""
 _PR_SET_PDEATHSIG = 1
@@ -88,9 +88,10 @@ class IsolatedSource:
         self.close()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         specification = json.dumps({"config": self.config.model_dump(mode="json"), "base": str(self.base)})
+        ours.send(specification.encode())  # not in the command line, which everybody on the machine may read
         with theirs:
             self._child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-c", _ENTRY, str(theirs.fileno()), specification],
+                [sys.executable, "-c", _ENTRY, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**os.environ, **ENVIRONMENT},
             )  # fmt: skip
         self._socket = ours
@@ -271,11 +272,12 @@ def _child(channel: socket.socket, specification: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry point of the child: a socket's number and a specification."""
+    """Entry point of the child: the number of a socket, whose first message says what to open."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a dead daemon frees the camera
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # it ends when the daemon lets go of its socket
+        signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as channel:
         try:
-            _child(channel, json.loads(sys.argv[2]))
+            _child(channel, json.loads(channel.recv(_SPECIFICATION)))
         except (BrokenPipeError, ConnectionResetError):
             sys.exit(0)

@@ -18,6 +18,7 @@ ENVIRONMENT = {
     "OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT": "1",
     "OPENCV_FFMPEG_CAPTURE_OPTIONS": "rtsp_transport;tcp",
     "OPENCV_LOG_LEVEL": "ERROR",
+    "OPENCV_FFMPEG_LOGLEVEL": "8",
 }
 """What the child's OpenCV must find before it is imported."""
 _DRAIN_S = 2.0

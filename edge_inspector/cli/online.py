@@ -118,24 +118,30 @@ def capture(
         if f"{station}/{name}" not in known:
             raise InspectorError(f"no camera {camera!r} in {device.line_file}", hint=f"there are: {', '.join(known)}")
         settings, base = known[camera], device.folder
-    stop, missed = threading.Event(), 0
+    stop, missed, told = threading.Event(), 0, ""
+    logging.getLogger("edge_inspector").addHandler(logging.NullHandler())  # what goes wrong is told once, below
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     album = taking.Album(out_folder)
     try:
-        told = "trigger=software" in settings.uri.lower()
+        triggered = "trigger=software" in settings.uri.lower()
         make = partial(open_source, settings, base)
-        with Camera("capture", settings, make, on_demand=told) as source, progress_bar() as shown:
+        with Camera("capture", settings, make, on_demand=triggered) as source, progress_bar() as shown:
             task = shown.add_task("pictures", total=count, figures="")
             for taken in taking.capture(source, album, count=count, every_s=every_s, ended=stop.is_set):
                 missed += taken.path is None
+                shown.update(task, completed=taken.kept, figures=f"sharpness {taken.sharpness:.1e}")
                 words = "; ".join(text for text in (taken.why_not, *taken.hints) if text)
-                shown.update(task, completed=taken.kept, figures=f"sharpness {taken.sharpness:.2e}  {words}")
+                if words and words != told:
+                    shown.console.print(f"  {words}", soft_wrap=True)
+                told = words
     finally:
         signal.signal(signal.SIGINT, before)
     if as_json:
         print_json({"folder": str(out_folder), "stored": album.kept, "left_out": missed})
         return
     out.print(f"{album.kept} pictures in {out_folder}, {missed} frames left out (copies or broken ones)")
+    if not album.kept:
+        raise typer.Exit(1)
     out.print(f"next: edge-inspector train {out_folder} --product my-product")
 
 
@@ -152,7 +158,10 @@ def run(config: ConfigOption = Path("device.yaml"), verbose: Annotated[bool, typ
         signal.signal(number, lambda *_: stop.set())
     signal.signal(signal.SIGHUP, lambda *_: reload.set())
     log = logging.getLogger("edge_inspector")
-    daemon.run(device, line, stop, reload, on_ready=lambda: log.info("ready: %s", ", ".join(line.stations)))
+    daemon.run(
+        device, line, stop, reload,
+        on_ready=lambda now: log.info("ready: %s; configuration version %d", ", ".join(now.stations), now.version),
+    )  # fmt: skip
 
 
 def demo(

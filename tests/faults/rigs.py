@@ -168,6 +168,7 @@ class Http(Rig):
     """MJPEG from a server in this process."""
 
     shows = frozenset({"hang", "unplug", "freeze", "dark", "resize", "corrupt"})
+    settings: ClassVar[dict[str, Any]] = {"latency_ms": 20}
 
     def start(self) -> None:
         rig, self.mode = self, ""
@@ -221,6 +222,7 @@ class Gst(Http):
     """The same server, through the system's GStreamer."""
 
     shows = frozenset({"hang", "unplug", "freeze", "dark"})
+    settings: ClassVar[dict[str, Any]] = {}
 
     def start(self) -> None:
         needed(has_gstreamer(), GSTREAMER)
