@@ -20,7 +20,7 @@ MOST = 256
 """Announcements and exposures that wait; beyond it the oldest are given up."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Exposure:
     """Images of one edge of the sensor, by camera."""
 
