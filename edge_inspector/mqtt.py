@@ -278,6 +278,7 @@ class Connection:
                 client.subscribe([(topic, 1) for topic in self._subscriptions])
             self._proven = True
             self._answered.set()
+            log.info("broker %s: connected, MQTT %s", self.endpoint, "5" if self.version == 5 else "3.1.1")
             self.connected.set()
             self.wake()
 

@@ -148,6 +148,10 @@ def test_watch_follows_results(tmp_path: Path, mosquitto: Mosquitto) -> None:
     with DaemonProcess(folder) as daemon:
         until(lambda: "ready: sheet" in daemon.log, what="ready")
         done = run("watch", "--config", str(folder / "device.yaml"), "--start", "all", "--seconds", "12", "--json")
+        read = run("watch", "--config", str(folder / "device.yaml"), "--seconds", "3")
+        assert "ready/sheet  ready" in read.stderr
+        assert "state  online" in read.stderr
+        assert "{" not in read.stderr, "words for people, not JSON"
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert [r["seq"] for r in results] == list(range(1, 61))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import tempfile
@@ -23,6 +24,7 @@ from edge_inspector.cli.shown import (
     complain,
     err,
     one_line,
+    other_line,
     out,
     phases,
     print_json,
@@ -280,9 +282,16 @@ def watch(
     client = f"watch-{threading.get_native_id()}"
     others = (topics.of("alert", "+"), topics.of("ready", "+"), topics.of("state"), topics.of("health"))
 
+    told: dict[tuple[str, ...], str] = {}
+
     def other(levels: tuple[str, ...], payload: bytes) -> None:
-        if not as_json:
-            err.print(f"{'/'.join(levels)}  {escape(payload.decode(errors='replace'))}", style="dim")
+        try:
+            line = other_line(levels, json.loads(payload)) if payload else ""
+        except ValueError:
+            return
+        if not as_json and line and told.get(levels) != line:  # health comes every ten seconds
+            err.print(line, soft_wrap=True)
+        told[levels] = line
 
     end = time.monotonic() + (seconds or float("inf"))
     with connection_of(device, client, (*Subscriber.subscriptions(topics, client), *others)) as connection:

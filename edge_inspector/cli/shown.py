@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from edge_inspector.errors import InspectorError
@@ -86,3 +87,18 @@ def one_line(result: Result) -> str:
         words.append(f"{result.reason.value}: {result.detail}")
     words.append(f"[dim]{result.times_ms.total:.1f} ms[/dim]")
     return "  ".join(words)
+
+
+def other_line(levels: tuple[str, ...], told: dict[str, Any]) -> str:
+    """State, readiness, health or an alert for people, with rich's colours."""
+    kind = levels[0]
+    if kind == "state":
+        words = f"online, version {told.get('version')}" if told.get("online") else "offline"
+    elif kind == "ready":
+        words = "ready" if told.get("ready") else f"not ready: {told.get('reason') or told.get('state')}"
+    elif kind == "health":
+        reasons = "; ".join(f"{reason['thing']}: {reason['text']}" for reason in told.get("reasons", ()))
+        words = f"{told.get('status')}{': ' if reasons else ''}{reasons}"
+    else:
+        words = f"{told.get('change')} {told.get('code')}: {told.get('text')}"
+    return f"[dim]{escape('/'.join(levels))}  {escape(words)}[/dim]"
