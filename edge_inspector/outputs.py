@@ -15,7 +15,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -132,15 +132,12 @@ class _Pulse:
 class Outputs:
     """Drives the lines of one station in a thread of its own. Use as a context manager."""
 
-    def __init__(
-        self, station: str, config: OutputConfig, *, make: Callable[[str, Mapping[int, bool]], Lines] = opened
-    ) -> None:
+    def __init__(self, station: str, config: OutputConfig) -> None:
         """Nothing is opened before `__enter__`."""
         self.config = config
         self.counts = OutputCounts()
         self.missed_s = float("-inf")
         self.failure: Exception | None = None
-        self._make = make
         self._alive_s = float("-inf")
         self._pulses: list[_Pulse] = []
         self._active: set[int] = set()
@@ -150,7 +147,7 @@ class Outputs:
 
     def __enter__(self) -> Outputs:
         """Open the lines, all inactive. Raises OutputError."""
-        self._lines = self._make(self.config.chip, self.config.lines)
+        self._lines = opened(self.config.chip, self.config.lines)
         self._thread.start()
         return self
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
-from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, check_format, moment, settle
+from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, moment, settle
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 from edge_inspector.frames import Frame, frozen
@@ -252,12 +252,7 @@ class AravisSource:
         arv.camera_clear_triggers(self._camera)
         if config.packet_size is None and arv.camera_is_gv_device(self._camera):
             arv.camera_gv_auto_packet_size(self._camera)
-        nodes = _Nodes(self._device)
-        genicam.apply(nodes, config)
-        genicam.set_trigger(nodes, config, self._trigger)
-        info = genicam.info_from(nodes, config, self._trigger)
-        check_format(config, info)
-        return info
+        return genicam.set_up(_Nodes(self._device), config, self._trigger)
 
     def read(self, timeout_s: float) -> Frame | None:
         """The next frame; one with lost packets is a broken one. Raises CameraError when the camera has vanished."""

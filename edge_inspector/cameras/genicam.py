@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
-from edge_inspector.cameras.source import Info
+from edge_inspector.cameras.source import Info, check_format
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 from edge_inspector.frames import Pixels
@@ -152,18 +152,26 @@ def trigger_name(source: str) -> str:
     return "Software" if source.lower() == "software" else source
 
 
-def set_trigger(nodes: Nodes, config: CameraConfig, source: str) -> str:
-    """Make the camera wait for `source` (`software`, `Line1`), or run free where it is empty. Returns it."""
+def set_trigger(nodes: Nodes, config: CameraConfig, source: str) -> None:
+    """Make the camera wait for `source` (`software`, `Line1`), or run free where it is empty."""
     if nodes.text("TriggerMode") is None:
         if source:
             raise CameraError(f"{config.name}: the camera has no trigger", hint="leave ?trigger= out")
-        return source
+        return
     if nodes.text("TriggerSelector") is not None:
         _set(nodes, config, ("TriggerSelector",), "FrameStart")
     if source:
         _set(nodes, config, ("TriggerSource",), trigger_name(source))
     _set(nodes, config, ("TriggerMode",), "On" if source else "Off")
-    return source
+
+
+def set_up(nodes: Nodes, config: CameraConfig, trigger: str) -> Info:
+    """Set what the configuration sets, and what the camera waits for; returns what was read back. Raises CameraError."""
+    apply(nodes, config)
+    set_trigger(nodes, config, trigger)
+    info = info_from(nodes, config, trigger)
+    check_format(config, info)
+    return info
 
 
 def info_from(nodes: Nodes, config: CameraConfig, trigger: str) -> Info:

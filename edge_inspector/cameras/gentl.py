@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
-from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, check_format, moment, settle
+from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, moment, settle
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 from edge_inspector.frames import Frame, frozen
@@ -120,11 +120,8 @@ class GentlSource:
             self._acquirer = self._harvester.create(serials.index(address.place) if address.place else 0)
         except Exception as error:  # GenTL's own classes
             raise CameraError(f"{self.config.name}: cannot be opened: {error}", hint="does another program use it?") from error
-        nodes = _Nodes(self._acquirer.remote_device.node_map)
-        genicam.apply(nodes, self.config)
-        trigger = genicam.set_trigger(nodes, self.config, address.options.get("trigger", ""))
-        info = genicam.info_from(nodes, self.config, trigger)
-        check_format(self.config, info)
+        trigger = address.options.get("trigger", "")
+        info = genicam.set_up(_Nodes(self._acquirer.remote_device.node_map), self.config, trigger)
         self._acquirer.num_buffers = BUFFERS
         self._acquirer.start()
         if not trigger:

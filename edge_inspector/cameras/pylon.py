@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
-from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, check_format, moment, settle
+from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, moment, settle
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 from edge_inspector.frames import Frame, frozen
@@ -89,21 +89,19 @@ class PylonSource:
         address, pylon = Address.of(self.config.uri), library()
         address.known("trigger")
         factory = pylon.TlFactory.GetInstance()
-        devices = [told for told in factory.EnumerateDevices() if address.place in ("", told.GetSerialNumber())]
-        if not devices:
-            there = ", ".join(one.serial for one in found()) or "none"
+        answering = {told.GetSerialNumber(): told for told in factory.EnumerateDevices()}
+        device = answering.get(address.place) if address.place else next(iter(answering.values()), None)
+        if device is None:
+            there = ", ".join(answering) or "none"
             raise CameraError(f"{self.config.name}: no such camera; there: {there}", hint="is it powered, and in this subnet?")
         try:
-            self._camera = pylon.InstantCamera(factory.CreateDevice(devices[0]))
+            self._camera = pylon.InstantCamera(factory.CreateDevice(device))
             self._camera.Open()
         except Exception as error:  # pylon's own classes
             raise CameraError(f"{self.config.name}: cannot be opened: {error}", hint="does another program use it?") from error
-        nodes = _Nodes(self._camera.GetNodeMap())
-        genicam.apply(nodes, self.config)
-        trigger = genicam.set_trigger(nodes, self.config, address.options.get("trigger", ""))
+        trigger = address.options.get("trigger", "")
+        info = genicam.set_up(_Nodes(self._camera.GetNodeMap()), self.config, trigger)
         self._camera.MaxNumBuffer.SetValue(BUFFERS)
-        info = genicam.info_from(nodes, self.config, trigger)
-        check_format(self.config, info)
         self._camera.StartGrabbing(pylon.GrabStrategy_OneByOne)
         if not trigger:
             settle(self.read, self.config.timeout_ms / 1000)

@@ -3,6 +3,7 @@ that reads it, in the result. No part may be judged by the image of another."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from collections import Counter
@@ -34,6 +35,7 @@ def ip(*words: str) -> int:
 def cameras() -> Iterator[dict[str, Simulator]]:
     """Two cameras, 10.213.1.2 and 10.213.2.2, behind cables that can be pulled."""
     needed(installed(), "apt install libaravis-0.8-0")
+    needed(shutil.which("ip"), "apt install iproute2")
     found: dict[str, Simulator] = {}
     with ExitStack() as stack:
         for number, name in enumerate(("left", "right"), 1):
