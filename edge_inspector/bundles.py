@@ -10,10 +10,8 @@ signature       Ed25519 over the bytes of manifest.json
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-import os
 import re
 import stat
 from collections.abc import Iterable
@@ -23,14 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-
-from edge_inspector.errors import BundleDamaged, BundleError, BundleUnsupported, BundleUntrusted, SchemaError
+from edge_inspector import signatures
+from edge_inspector.errors import BundleDamaged, BundleUnsupported, BundleUntrusted, SchemaError, SignatureError
 from edge_inspector.graphs import refuse_foreign
 from edge_inspector.results import Moment, Verdict
 from edge_inspector.schema import Field, Model, TolerantModel, read_json, validate
+from edge_inspector.signatures import Ed25519PrivateKey, Signature, trusted_keys
 
 MANIFEST, NETWORK, SIGNATURE, REPORT = "manifest.json", "network.onnx", "signature", "report.html"
 GENERATOR = "generator.onnx"
@@ -116,14 +112,6 @@ class Manifest(TolerantModel):
     files: dict[str, FileEntry]
 
 
-class SignatureFile(Model):
-    """Who signed the manifest."""
-
-    algorithm: Literal["ed25519"]
-    key_id: str = Field(pattern=r"^[0-9a-f]{16}$")
-    signature: str
-
-
 @dataclass(frozen=True)
 class Bundle:
     """A verified bundle; `sha256` is that of its manifest, which covers every file."""
@@ -137,63 +125,6 @@ class Bundle:
     def network(self) -> Path:
         """The ONNX file."""
         return self.folder / NETWORK
-
-
-# --- keys
-
-
-def key_id(public: Ed25519PublicKey) -> str:
-    """The first 16 hex digits of the sha256 of the raw public key."""
-    raw = public.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-    return hashlib.sha256(raw).hexdigest()[:16]
-
-
-def create_key(private: Path, trust: Path) -> str:
-    """Make a signing key: the private half at `private` (0600), the public half in the folder `trust`. Returns its id.
-
-    Raises BundleError if `private` exists: a key is never overwritten.
-    """
-    key = Ed25519PrivateKey.generate()
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    private.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError as error:
-        raise BundleError(f"{private}: exists already", hint="choose another name; a key is never overwritten") from error
-    except OSError as error:
-        raise BundleError(f"{private}: {error.strerror}") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(pem)
-    identity = key_id(key.public_key())
-    trust.mkdir(parents=True, exist_ok=True)
-    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    (trust / f"{private.stem}-{identity}.pub").write_bytes(public)
-    return identity
-
-
-def read_private_key(path: Path) -> Ed25519PrivateKey:
-    """Read a signing key. Raises BundleError."""
-    try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise BundleError(f"{path}: not a signing key: {error}", hint="make one: edge-inspector keygen") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise BundleError(f"{path}: not an Ed25519 key", hint="make one: edge-inspector keygen")
-    return key
-
-
-def trusted_keys(trust: Path) -> dict[str, Ed25519PublicKey]:
-    """The public keys (*.pub) of a trust folder, by id. Raises BundleError for a file that is not one."""
-    keys = {}
-    for path in sorted(trust.glob("*.pub")) if trust.is_dir() else []:
-        try:
-            key = serialization.load_pem_public_key(path.read_bytes())
-        except (OSError, ValueError, UnsupportedAlgorithm) as error:
-            raise BundleError(f"{path}: not a public key: {error}", hint="remove it from the trust folder") from error
-        if not isinstance(key, Ed25519PublicKey):
-            raise BundleError(f"{path}: not an Ed25519 key", hint="remove it from the trust folder")
-        keys[key_id(key)] = key
-    return keys
 
 
 # --- write and sign
@@ -220,14 +151,9 @@ def sign(folder: Path, key: Ed25519PrivateKey) -> str:
     """Sign a bundle's manifest after checking that its files are what it says. Returns the key's id."""
     data = _plain(folder, MANIFEST).read_bytes()
     _check_files(folder, _manifest(data, folder))
-    identity = key_id(key.public_key())
-    text = {
-        "algorithm": "ed25519",
-        "key_id": identity,
-        "signature": base64.b64encode(key.sign(data)).decode(),
-    }
-    (folder / SIGNATURE).write_text(json.dumps(text) + "\n")
-    return identity
+    signature = signatures.sign(data, key)
+    (folder / SIGNATURE).write_text(signature.model_dump_json() + "\n")
+    return signature.key_id
 
 
 # --- read and verify
@@ -288,30 +214,17 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise BundleDamaged(f"{folder}: the manifest does not list {name}")
 
 
-def _check_signature(folder: Path, data: bytes, trusted: dict[str, Ed25519PublicKey]) -> str:
+def _check_signature(folder: Path, data: bytes, trust: Path) -> str:
     path = folder / SIGNATURE
     if not path.exists():
         raise BundleUntrusted(f"{folder}: not signed", hint="sign it: edge-inspector sign BUNDLE --key KEY")
     source = str(_plain(folder, SIGNATURE))
     try:
-        signature = validate(SignatureFile, read_json(path.read_bytes(), source), source)
-        raw = base64.b64decode(signature.signature, validate=True)
-    except (SchemaError, ValueError) as error:
+        return signatures.verify(validate(Signature, read_json(path.read_bytes(), source), source), data, trusted_keys(trust))
+    except SchemaError as error:
         raise BundleUntrusted(f"{path}: not a signature file: {error}") from error
-    key = trusted.get(signature.key_id)
-    if key is None:
-        known = ", ".join(sorted(trusted)) or "none"
-        raise BundleUntrusted(
-            f"{folder}: signed by key {signature.key_id}, which is not trusted (trusted: {known})",
-            hint="put the signer's .pub file into the trust folder if you trust it",
-        )
-    try:
-        key.verify(raw, data)
-    except InvalidSignature as error:
-        raise BundleUntrusted(
-            f"{folder}: the signature does not fit the manifest", hint="the manifest was changed after signing"
-        ) from error
-    return signature.key_id
+    except SignatureError as error:
+        raise BundleUntrusted(f"{folder}: {error.message}", hint=error.hint) from error
 
 
 def open_bundle(folder: Path, trust: Path, *, now: datetime | None = None, clock_ok: bool = True) -> Bundle:
@@ -322,7 +235,7 @@ def open_bundle(folder: Path, trust: Path, *, now: datetime | None = None, clock
     if not folder.is_dir():
         raise BundleDamaged(f"{folder}: no such bundle", hint="check the bundle's name and the bundles folder")
     data = _plain(folder, MANIFEST).read_bytes()
-    identity = _check_signature(folder, data, trusted_keys(trust))
+    identity = _check_signature(folder, data, trust)
     manifest = _manifest(data, folder)
     _check_files(folder, manifest)
     if clock_ok and manifest.not_after is not None and (now or datetime.now(timezone.utc)) > manifest.not_after:

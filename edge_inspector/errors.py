@@ -2,6 +2,7 @@
 
 InspectorError            what went wrong, and a hint what to do
 ├── SchemaError           a document is not what it should be: all faults at once
+├── SignatureError        no key, or a signature that is missing, wrong, or by a key that is not trusted
 ├── PictureError          a picture file cannot be read or written
 ├── BundleError           a bundle is refused
 │   ├── BundleUntrusted   signature missing, wrong, or by a key that is not trusted
@@ -58,6 +59,10 @@ class SchemaError(InspectorError):
         super().__init__("\n".join([f"{source}: {count}", *(f"  {fault}" for fault in faults)]), hint=hint)
         self.source = source
         self.faults = faults
+
+
+class SignatureError(InspectorError):
+    """A file is no key, or a signature is missing, wrong, or by a key that is not trusted."""
 
 
 class PictureError(InspectorError):

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_inspector import bundles, graphs
-from edge_inspector.errors import BundleDamaged, BundleError, BundleUnsupported, BundleUntrusted
+from edge_inspector import bundles, graphs, signatures
+from edge_inspector.errors import BundleDamaged, BundleUnsupported, BundleUntrusted, SignatureError
 from tests.line import ENGINES
 
 PAPER = ENGINES / "paper"
@@ -32,8 +32,8 @@ def resigned(folder: Path, trust: Path, change: Callable[[dict[str, Any]], None]
     change(values)
     (folder / "manifest.json").write_text(json.dumps(values))
     key = folder.parent / "k" / "key"
-    identity = bundles.create_key(key, trust)
-    private = bundles.read_private_key(key)
+    identity = signatures.create_key(key, trust)
+    private = signatures.read_private_key(key)
     import base64
 
     text = {"algorithm": "ed25519", "key_id": identity,
@@ -168,9 +168,9 @@ def test_random_bytes_are_refused_not_crashed_on(data: bytes) -> None:
 
 
 def test_a_key_is_never_overwritten_and_is_private(tmp_path: Path) -> None:
-    bundles.create_key(tmp_path / "k", tmp_path / "trust")
+    signatures.create_key(tmp_path / "k", tmp_path / "trust")
     assert (tmp_path / "k").stat().st_mode & 0o777 == 0o600
-    with pytest.raises(BundleError, match="exists already"):
-        bundles.create_key(tmp_path / "k", tmp_path / "trust")
-    with pytest.raises(BundleError, match="not a signing key"):
-        bundles.read_private_key(ENGINES / "README.md")
+    with pytest.raises(SignatureError, match="exists already"):
+        signatures.create_key(tmp_path / "k", tmp_path / "trust")
+    with pytest.raises(SignatureError, match="not a signing key"):
+        signatures.read_private_key(ENGINES / "README.md")

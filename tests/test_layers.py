@@ -12,7 +12,7 @@ LINES = [
     {"errors"},
     {"schema"},
     {"frames", "results", "graphs"},
-    {"roi"},
+    {"roi", "signatures"},
     {"recipes", "bundles", "messages", "pictures"},
     {"config"},
     {"matching", "outputs", "preprocess", "scoring", "systemd", "documents"},
@@ -39,7 +39,7 @@ HOMES = {
     "amqtt": {"demo"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "cryptography": {"bundles", "training"},
+    "cryptography": {"signatures"},
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_inspector import bundles, pictures
+from edge_inspector import bundles, pictures, signatures
 from edge_inspector.cameras.synthetic import draw_part
 
 torch = pytest.importorskip("torch", reason='torch is not installed: pip install "edge-inspector[train]"')
@@ -306,7 +306,7 @@ print("agreed", run.rank)
 def test_two_processes_train_one_bundle(tmp_path: Path) -> None:
     """Under torchrun, on the CPU: folds are shared out, gradients averaged, and one process writes."""
     folder(tmp_path / "good", 24)
-    bundles.create_key(tmp_path / "keys" / "signing.key", tmp_path / "trust")
+    signatures.create_key(tmp_path / "keys" / "signing.key", tmp_path / "trust")
     for family in (["--family", "fanogan", "--size", "32", "--width", "4", "--gan-steps", "4", "--encoder-steps", "40"],
                    ["--size", "64", "--steps", "20"]):  # fmt: skip
         name = family[1]

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from edge_inspector import bundles, pictures
+from edge_inspector import bundles, pictures, signatures
 from edge_inspector.bundles import InputSpec
 from edge_inspector.cameras.synthetic import draw_part
 from edge_inspector.errors import PictureError, TrainingError
@@ -53,10 +53,10 @@ def drawn(folder: Path, count: int, *, defect: bool = False, size: int = 32) -> 
 def order(tmp_path: Path, folder: Path, **more: object) -> Order:
     key = tmp_path / "signing.key"
     if not key.exists():
-        bundles.create_key(key, tmp_path / "trust")
+        signatures.create_key(key, tmp_path / "trust")
     values: dict[str, object] = {
         "folder": folder, "out": tmp_path / "bundle", "product": "disc", "name": "disc",
-        "key": bundles.read_private_key(key), "family": TINY, "seed": 3, "alpha": 0.1, "command": "edge-inspector train x",
+        "key": signatures.read_private_key(key), "family": TINY, "seed": 3, "alpha": 0.1, "command": "edge-inspector train x",
     }  # fmt: skip
     return Order(**{**values, **more})  # type: ignore[arg-type]
 

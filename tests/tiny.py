@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_inspector import bundles, pictures
+from edge_inspector import bundles, pictures, signatures
 from edge_inspector.bundles import Bundle, Calibration, InputSpec, Manifest, Sample, TrainedOn
 from edge_inspector.frames import utc_now
 from edge_inspector.results import Verdict
@@ -140,7 +140,7 @@ def _signed(
     bundles.write_manifest(place, manifest)
     key = folder / "keys" / "signing.key"
     if not key.exists():
-        bundles.create_key(key, folder / "trust")
-    bundles.sign(place, bundles.read_private_key(key))
+        signatures.create_key(key, folder / "trust")
+    bundles.sign(place, signatures.read_private_key(key))
     assert Verdict.PASS in {sample.verdict for sample in samples}
     return bundles.open_bundle(place, folder / "trust")

@@ -146,11 +146,11 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a bundle on pictures of good parts; audit them, calibrate, check and sign. Interrupted, it resumes."""
-    from edge_inspector import bundles  # noqa: PLC0415 - verbs load what they need
+    from edge_inspector import signatures  # noqa: PLC0415 - verbs load what they need
 
     if os.environ.get("RANK", "0") != "0":
         out.quiet = err.quiet = True  # under torchrun the first process speaks
-    signing = bundles.read_private_key(key)
+    signing = signatures.read_private_key(key)
     try:
         from edge_inspector.training.orders import Order  # noqa: PLC0415
         from edge_inspector.training.orders import train as run  # noqa: PLC0415
@@ -419,7 +419,7 @@ def keygen(
     trust: TrustOption = _TRUST,
 ) -> None:
     """Make a signing key; its public half goes into the trust folder."""
-    from edge_inspector.bundles import create_key  # noqa: PLC0415
+    from edge_inspector.signatures import create_key  # noqa: PLC0415
 
     identity = create_key(private, trust)
     out.print(f"key {identity}: keep {private} secret; copy the .pub in {trust} to devices that shall trust it")
@@ -427,7 +427,7 @@ def keygen(
 
 def sign(bundle: BundleArgument, key: Annotated[Path, typer.Option(help="signing key")] = _KEY) -> None:
     """Sign a bundle after checking that its files are what its manifest says."""
-    from edge_inspector.bundles import read_private_key  # noqa: PLC0415
     from edge_inspector.bundles import sign as run  # noqa: PLC0415
+    from edge_inspector.signatures import read_private_key  # noqa: PLC0415
 
     out.print(f"signed by key {run(bundle, read_private_key(key))}")

@@ -38,7 +38,7 @@ def init(
     folder: Annotated[Path, typer.Argument(help="where to put the configuration")] = Path(),
 ) -> None:
     """Write a commented device.yaml and line.yaml, and a signing key that this device trusts."""
-    from edge_inspector import bundles  # noqa: PLC0415 - verbs load what they need
+    from edge_inspector import signatures  # noqa: PLC0415 - verbs load what they need
 
     for name in ("device.yaml", "line.yaml"):
         if (folder / name).exists():
@@ -52,7 +52,7 @@ def init(
         raise InspectorError(f"{folder}: {error.strerror}", hint="choose a folder that can be written") from error
     key = folder / "keys" / "signing.key"
     if not key.exists():
-        bundles.create_key(key, folder / "trust")
+        signatures.create_key(key, folder / "trust")
     err.print(f"wrote {folder / 'device.yaml'}, {folder / 'line.yaml'} and {key}, which this device trusts")
     err.print("next:")
     err.print("  edge-inspector train PICTURES_OF_GOOD_PARTS --product my-product   (makes bundles/my-product)")

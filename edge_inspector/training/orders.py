@@ -12,7 +12,6 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_inspector import bundles, scoring
 from edge_inspector.bundles import NAME_PATTERN, Bundle, Calibration, FileEntry, InputSpec, Manifest, Sample, TrainedOn
@@ -22,6 +21,7 @@ from edge_inspector.preprocess import Window
 from edge_inspector.results import Verdict
 from edge_inspector.roi import Rectangle
 from edge_inspector.runtime import OnnxEngine, judge_samples
+from edge_inspector.signatures import Ed25519PrivateKey
 from edge_inspector.training import audit, calibrate, data, export, limits, report
 from edge_inspector.training.networks import Family, Fitted
 from edge_inspector.training.networks.feature_fit import FeatureAnogan

@@ -18,7 +18,7 @@ from tests.nvidia.parts import environment
 
 pytest.importorskip("onnx", reason='onnx is not installed: pip install "edge-inspector[tensorrt]"')
 
-from edge_inspector import bundles, pictures
+from edge_inspector import bundles, pictures, signatures
 from tests.tiny import picture, tiny_bundle
 
 ENGINE = "engine: {runtime: tensorrt}\n"
@@ -156,7 +156,7 @@ def test_a_new_release_of_the_same_network_is_compared_anew(device: Path, driver
     assert "there is none yet" in why(device, driver)
     changed = bundles.open_bundle(device / "bundles" / "tiny", device / "trust").manifest.model_copy(update={"release": 2})
     bundles.write_manifest(device / "bundles" / "tiny", changed)
-    bundles.sign(device / "bundles" / "tiny", bundles.read_private_key(device.parent / "made" / "keys" / "signing.key"))
+    bundles.sign(device / "bundles" / "tiny", signatures.read_private_key(device.parent / "made" / "keys" / "signing.key"))
     assert "changed since the last one: the bundle (" in why(device, driver)
 
 
