@@ -40,6 +40,7 @@ from edge_inspector.messages import (
 from edge_inspector.mqtt import Acknowledged, Connection, Message
 from edge_inspector.outbox import Journalled, Outbox
 from edge_inspector.results import Result
+from edge_inspector.schema import MAX_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ RESULTS_IN_FLIGHT = 15
 """Below what brokers allow one client (20 is common), so that a verdict never waits behind results."""
 REPLAY_RANGE = 500
 REPLAYS = 32
+ORDERS = 64
+"""Remote orders that wait for the daemon; more are not acknowledged, so that the broker delivers them again."""
 ALERT_EXPIRES_S = 3600
 _WAIT_S = 0.25
 _HEAD_EVERY_S = 1.0
@@ -91,6 +94,8 @@ class Broker:
     ) -> None:
         """`tick` is called at least once a second while the thread is alive."""
         self.connection, self.topics, self.outbox, self.stations = connection, topics, outbox, stations
+        self.orders: queue.Queue[Message] = queue.Queue(ORDERS)
+        """Of remote configuration, for the daemon: it acknowledges them."""
         self.refused = 0
         self.failure: Exception | None = None
         self._tick = tick
@@ -110,7 +115,10 @@ class Broker:
     @staticmethod
     def subscriptions(topics: Topics) -> tuple[str, ...]:
         """What the daemon listens to."""
-        return topics.of("trigger", "+"), topics.of("replay", "+", "request"), topics.of("command", "+")
+        return (
+            topics.of("trigger", "+"), topics.of("replay", "+", "request"), topics.of("command", "+"),
+            topics.of("config", "desired"), topics.of("config", "confirm"),
+        )  # fmt: skip
 
     def __enter__(self) -> Broker:
         """Start; results flow as soon as the connection stands."""
@@ -276,15 +284,19 @@ class Broker:
     def _take(self, message: Message) -> None:
         levels = self.topics.within(message.topic)
         try:
-            if len(message.payload) > messages.MAX_REQUEST_BYTES:
+            is_document = levels == ("config", "desired")
+            if len(message.payload) > (MAX_BYTES if is_document else messages.MAX_REQUEST_BYTES):
                 raise InspectorError(f"{message.topic}: {len(message.payload)} bytes, too large")
-            if message.retain:
+            if message.retain and not is_document:
                 raise InspectorError(
                     f"{message.topic}: retained messages are refused", hint="publish it without the retain flag"
                 )
             if levels[0] == "trigger":
                 self._take_trigger(levels[1], message)
                 return  # acknowledged once it is journalled
+            if levels[0] == "config":
+                self._take_order(message)
+                return  # acknowledged once it is carried out
             if levels[0] == "replay":
                 self._take_replay(levels[1], message)
             else:
@@ -356,6 +368,12 @@ class Broker:
         elif answer.result is not None:
             known = messages.decode(Result, answer.result, name)
             self.verdict(verdict_of(known, repeated=True))
+
+    def _take_order(self, message: Message) -> None:
+        try:
+            self.orders.put_nowait(message)
+        except queue.Full:
+            self._redeliver_s = time.monotonic() + 2.0
 
     def _redeliver(self) -> None:
         if self._redeliver_s is not None and time.monotonic() > self._redeliver_s:

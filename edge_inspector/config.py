@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import field_validator, model_validator
@@ -116,6 +116,14 @@ class OutputConfig(Model):
         return self
 
 
+class RemoteConfig(Model):
+    """What may be changed over MQTT, and by whom."""
+
+    configuration: bool = Field(True, description="whether line configurations over MQTT are taken at all")
+    require_signature: bool = Field(False, description="orders must be signed by a key of `trust`")
+    trust: str = Field("trust", description="folder of public keys (*.pub) whose orders are carried out")
+
+
 class DeviceConfig(Model):
     """device.yaml: identity, broker, storage, trust. Changed on the device only."""
 
@@ -127,6 +135,7 @@ class DeviceConfig(Model):
     bundles: str = Field("bundles", description="folder of bundles")
     line_file: str = "line.yaml"
     engine: EngineConfig = EngineConfig()
+    remote: RemoteConfig = RemoteConfig()
     outputs: dict[Id, OutputConfig] = Field(default_factory=dict, max_length=32, description="by station")
 
 
@@ -232,7 +241,7 @@ class LineConfig(Model):
     """line.yaml: stations, cameras, recipes. The one document that may be changed remotely."""
 
     schema_: Literal["ei.line.v1"] = Field(alias="schema")
-    version: int = Field(1, ge=1)
+    version: int = Field(1, ge=1, le=2**53)
     stations: dict[Id, StationConfig] = Field(min_length=1, max_length=32)
     recipes: dict[Id, Recipe] = Field(min_length=1, max_length=256)
 
@@ -240,6 +249,14 @@ class LineConfig(Model):
     def bundles(self) -> set[str]:
         """Names of all bundles that its recipes use."""
         return {bundle for recipe in self.recipes.values() for bundle in recipe.bundles}
+
+    def document(self, *, masked: bool = False) -> dict[str, Any]:
+        """Its JSON values without what is left at its default; `masked`: without passwords of cameras."""
+        values: dict[str, Any] = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        for name, station in self.stations.items() if masked else ():
+            for camera, config in station.cameras.items():
+                values["stations"][name]["cameras"][camera]["uri"] = config.name
+        return values
 
     def reference(self) -> ConfigurationRef:
         """Its version with the hash of its content."""
@@ -315,7 +332,8 @@ def parse_line(data: object, source: str) -> LineConfig:
     return line
 
 
-def _read(path: Path) -> bytes:
+def read_document(path: Path) -> bytes:
+    """The bytes of device.yaml or line.yaml. Raises InspectorError."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -324,7 +342,7 @@ def _read(path: Path) -> bytes:
 
 def load_line(path: Path) -> LineConfig:
     """Read line.yaml. Raises SchemaError, or InspectorError when it cannot be read."""
-    return parse_line(read_yaml(_read(path), str(path)), str(path))
+    return parse_line(read_yaml(read_document(path), str(path)), str(path))
 
 
 class Device:
@@ -345,4 +363,4 @@ class Device:
 
 def load_device(path: Path) -> Device:
     """Read device.yaml. Raises SchemaError, or InspectorError when it cannot be read."""
-    return Device(validate(DeviceConfig, read_yaml(_read(path), str(path)), str(path)), path.resolve().parent)
+    return Device(validate(DeviceConfig, read_yaml(read_document(path), str(path)), str(path)), path.resolve().parent)

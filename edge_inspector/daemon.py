@@ -8,83 +8,37 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 
-from edge_inspector import health, messages, preprocess, systemd
+from edge_inspector import health, messages, systemd
 from edge_inspector.broker import ALERT_EXPIRES_S, Broker
-from edge_inspector.bundles import Bundle, open_bundle
 from edge_inspector.cameras import Camera, open_source
 from edge_inspector.config import Device, LineConfig, StationConfig, load_line
 from edge_inspector.errors import EngineLost, InspectorError
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import utc_now
-from edge_inspector.messages import Alert, CameraFacts, Cause, StateMessage, Topics
-from edge_inspector.mqtt import Connection, Will, read_password, tls_context
+from edge_inspector.inspector import Inspectors
+from edge_inspector.messages import Alert, CameraFacts, Cause, StateMessage
+from edge_inspector.mqtt import Will
 from edge_inspector.outbox import Outbox
 from edge_inspector.outputs import Outputs
-from edge_inspector.roi import Roi
-from edge_inspector.runtime import Engine, Tell, Workshop, opened
+from edge_inspector.remote.configuration import Configuration
+from edge_inspector.runtime import Pool
 from edge_inspector.station import Setting, Station
+from edge_inspector.updates import Updates
+from edge_inspector.wiring import connection_of, inspectors_of, topics_of
 
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 5.0
 """A critical loop that has not ticked for so long hangs; systemd's WatchdogSec must be longer."""
-MAX_BATCH = 16
 HEALTH_EVERY_S = 10.0
 """Health is published when its reasons change, and this often for its counters."""
 _LOOK_S = 0.5
-
-
-def topics_of(device: Device) -> Topics:
-    """The topics of a device."""
-    identity = device.config.identity
-    return Topics(identity.site, identity.line, identity.device)
-
-
-def connection_of(device: Device, client_id: str, subscriptions: tuple[str, ...] = (), will: Will | None = None) -> Connection:
-    """A connection to the device's broker, not entered yet. Raises BrokerError for unreadable credentials."""
-    broker = device.config.broker
-    tls = None
-    if broker.tls is not None:
-        tls = tls_context(*(device.path(name) for name in (broker.tls.ca_file, broker.tls.cert_file, broker.tls.key_file)))
-    password = read_password(device.path(broker.password_file))
-    return Connection(broker, client_id, subscriptions=subscriptions, will=will, password=password, tls=tls)
-
-
-def batch_of(bundle: Bundle, line: LineConfig, runtime: str) -> int:
-    """Tiles that go through this bundle's network together.
-
-    On a GPU all of one part, of all its regions, cameras and frames. A CPU gains nothing from that: there those of one region.
-    """
-    trained, spec = bundle.manifest.training, bundle.manifest.input
-    most = 1
-    for recipe in line.recipes.values():
-        counts = [0]
-        for roi in (roi for camera in recipe.cameras.values() for roi in camera.rois.values()):
-            if roi.bundle != bundle.manifest.name:
-                continue
-            # A region without shape is the whole frame: as large as the training pictures, as far as is known here.
-            box = roi.box(trained.height_px, trained.width_px) if roi.shape == Roi() else roi.box(65536, 65536)
-            size = box[2:] if box is not None else (trained.width_px, trained.height_px)
-            counts.append(preprocess.tile_count(spec, *size))
-        most = max(most, sum(counts) * recipe.decision.frames if runtime == "tensorrt" else max(counts))
-    return min(MAX_BATCH, most)
-
-
-def workshop_of(device: Device) -> Workshop:
-    """Where a device keeps its TensorRT engines."""
-    return Workshop(device.state / "engines", device.trust, device.config.engine.threads, health.clock().ok)
-
-
-def open_engine(device: Device, line: LineConfig, name: str, tell: Tell) -> AbstractContextManager[Engine]:
-    """The engine of a bundle, verified, not entered yet. Raises BundleError."""
-    bundle = open_bundle(device.bundles / name, device.trust, clock_ok=health.clock().ok)
-    return opened(bundle, device.config.engine, workshop_of(device), partial(batch_of, bundle, line), tell)
 
 
 def _facts(camera: Camera) -> CameraFacts:
@@ -122,8 +76,9 @@ class _Alarms:
 class _Line:
     """One line configuration in force: its stations, broker and outbox, from start to stop or reload."""
 
-    def __init__(self, device: Device, line: LineConfig, stack: ExitStack) -> None:
+    def __init__(self, device: Device, line: LineConfig, stack: ExitStack, pools: dict[str, Pool]) -> None:
         self.device, self.line = device, line
+        self._pools = pools
         self.session = secrets.token_hex(4)
         self.watchdog = systemd.Watchdog(PATIENCE_S)
         self._clock = health.clock()
@@ -170,15 +125,21 @@ class _Line:
 
     def _setting(self, evidence: EvidenceStore, name: str, config: StationConfig) -> Setting:
         return Setting(
-            outbox=self.outbox, evidence=evidence, recipes=self.line.recipes, configuration=self.line.reference(),
-            session=self.session,
+            outbox=self.outbox, evidence=evidence, configuration=self.line.reference(), session=self.session,
             make_source=lambda name: open_source(config.cameras[name], self.device.folder),
-            open_engine=partial(open_engine, self.device, self.line), clock_ok=lambda: self._clock.ok,
+            inspectors=partial(inspectors_of, self.device, self.line, name, self._pools.setdefault(name, Pool())),
+            clock_ok=lambda: self._clock.ok,
             watch=self.watchdog.loop, forget=self.watchdog.forget, output=self.outputs.get(name),
         )  # fmt: skip
 
-    def look(self, extra: list[Cause]) -> None:
-        """Ping systemd, tell health and alarms. Raises the failure of any thread that ended."""
+    def swap(self, line: LineConfig, inspectors: Mapping[str, Inspectors]) -> None:
+        """Judge by other recipes from the next part on; stations and cameras stay as they are."""
+        self.line = line
+        for name, station in self.stations.items():
+            station.swap(inspectors[name])
+
+    def look(self, extra: list[Cause]) -> set[str]:
+        """Ping systemd, tell health and alarms; returns what fails. Raises the failure of any thread that ended."""
         outputs, stations = self.outputs.values(), self.stations.values()
         for failure in (
             self.outbox.failure,
@@ -216,10 +177,12 @@ class _Line:
             self._told, self._told_s = news, time.monotonic()
             self.broker.retain(told, "health")
         engines = {name: told for station in self.stations.values() for name, told in station.engines.items()}
-        if engines != self._state.engines:
-            self._state = self._state.model_copy(update={"engines": engines})
+        news_of_state = {"engines": engines, "configuration_version": self.line.version}
+        if any(getattr(self._state, key) != value for key, value in news_of_state.items()):
+            self._state = self._state.model_copy(update=news_of_state)
             self.broker.retain(self._state, "state")
         systemd.notify(f"STATUS={self.summary()}")
+        return {f"{cause.thing}: {cause.code}" for cause in causes if cause.severity == "failure"}
 
     def summary(self) -> str:
         """One line for `systemctl status`."""
@@ -249,7 +212,6 @@ def _alone(device: Device) -> Iterator[None]:
 
 def run(
     device: Device,
-    line: LineConfig,
     stop: threading.Event,
     reload: threading.Event,
     *,
@@ -260,45 +222,56 @@ def run(
 
     `until_ended`: stop by itself once every station has judged its recording. Raises InspectorError.
     """
-    with _alone(device):
-        refused: list[Cause] = []
+    with _alone(device), _pools() as pools:
+        trust = device.path(device.config.remote.trust) if device.config.remote.require_signature else None
+        configuration = Configuration(
+            device.state, partial(load_line, device.line_file), device=topics_of(device).device_path, trust=trust
+        )
+        updates = Updates(device, configuration, pools, stop)
         orders: dict[str, tuple[bool, str | None]] = {}
         while not stop.is_set():
             with ExitStack() as stack:
-                current = _Line(device, line, stack)
+                try:
+                    current = _Line(device, configuration.line, stack, pools)
+                except InspectorError as error:
+                    if configuration.failed(error):
+                        continue
+                    raise
                 for name, station in current.stations.items():
                     if name in orders:
                         station.resume(*orders[name])
                 systemd.notify("READY=1")
-                on_ready(line)
-                changed = _serve(current, stop, reload, refused, until_ended=until_ended)
-                systemd.notify("STOPPING=1" if changed is None else "RELOADING=1")
+                on_ready(current.line)
+                goes_on = _serve(current, updates, stop, reload, until_ended=until_ended)
+                systemd.notify("RELOADING=1" if goes_on else "STOPPING=1")
                 orders = {name: station.orders for name, station in current.stations.items()}
-            if changed is None:
+            for name, station in current.stations.items():
+                if station.is_stuck:  # in an engine: that one is not used again, nor closed
+                    del pools[name]
+            if not goes_on:
                 return
-            line = changed
 
 
-def _serve(
-    current: _Line, stop: threading.Event, reload: threading.Event, refused: list[Cause], *, until_ended: bool
-) -> LineConfig | None:
-    """Look after a line until it ends; returns the configuration to go on with, or None to stop."""
+@contextmanager
+def _pools() -> Iterator[dict[str, Pool]]:
+    pools: dict[str, Pool] = {}
+    try:
+        yield pools
+    finally:
+        for pool in pools.values():
+            pool.close()
+
+
+def _serve(current: _Line, updates: Updates, stop: threading.Event, reload: threading.Event, *, until_ended: bool) -> bool:
+    """Look after a line until it ends; returns whether to go on with another configuration."""
     while not stop.wait(_LOOK_S):
-        current.look(refused)
+        failures = current.look(updates.causes())
         if until_ended and all(station.ended.is_set() for station in current.stations.values()):
-            return None
+            return False
         if reload.is_set():
             reload.clear()
-            try:
-                line = load_line(current.device.line_file)
-            except InspectorError as error:
-                log.error("configuration refused, the old one stays in force: %s", error)
-                refused[:] = [
-                    Cause(
-                        code="configuration_refused", severity="maintenance_required", thing="line.yaml", text=str(error)[:500]
-                    )
-                ]
-                continue
-            refused.clear()
-            return line
-    return None
+            if updates.read_file():
+                return True
+        if updates.step(current, failures):
+            return True
+    return False

@@ -15,10 +15,11 @@ from pathlib import Path
 from types import TracebackType
 
 from edge_inspector import daemon
-from edge_inspector.config import Device, load_device, load_line
+from edge_inspector.config import Device, load_device
 from edge_inspector.errors import InspectorError
 from edge_inspector.results import Result, Verdict
 from edge_inspector.subscriber import Subscriber
+from edge_inspector.wiring import connection_of, topics_of
 
 RECORDING = "recording"
 BUNDLE = "paper"
@@ -148,18 +149,17 @@ def run(folder: Path, engines: Path, on_result: Callable[[Result, str, Path | No
     stop, failures = threading.Event(), []
     with EmbeddedBroker() as broker:
         device = prepare(folder, engines, broker.port)
-        topics = daemon.topics_of(device)
+        topics = topics_of(device)
         client = "demo-subscriber"
-        line = load_line(device.line_file)
 
         def serve() -> None:
             try:
-                daemon.run(device, line, stop, threading.Event())
+                daemon.run(device, stop, threading.Event())
             except InspectorError as error:
                 failures.append(error)
 
         thread = threading.Thread(target=serve, name="daemon")
-        with daemon.connection_of(device, client, Subscriber.subscriptions(topics, client)) as connection:
+        with connection_of(device, client, Subscriber.subscriptions(topics, client)) as connection:
             subscriber = Subscriber(connection, topics, client=client, start="all")
             thread.start()
             try:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_inspector import preprocess, scoring
+from edge_inspector.config import LineConfig, StationConfig
 from edge_inspector.errors import EngineError, EngineLost
 from edge_inspector.frames import Frame, Pixels
 from edge_inspector.recipes import Recipe, RoiRecipe, decide
 from edge_inspector.results import (
     MAX_REGIONS,
     BundleRef,
+    ConfigurationRef,
     EngineRef,
     Finding,
     Reason,
+    RecipeRef,
     Times,
     Verdict,
 )  # fmt: skip
@@ -222,6 +225,28 @@ def _found(job: _Job) -> tuple[Finding, View | None]:
     x, y, w, h = plan.box
     drawn = plan.stitched(outputs.expected) if outputs.expected is not None else None
     return failed, View(failed, job.frame.image[y : y + h, x : x + w], anomaly, drawn, (x, y))
+
+
+@dataclass(frozen=True)
+class Inspectors:
+    """What judges the parts of one station under one configuration."""
+
+    by_recipe: Mapping[str, tuple[Inspector, RecipeRef]]
+    engines: Mapping[str, Engine]
+    """By bundle."""
+    configuration: ConfigurationRef
+
+    @classmethod
+    def of(cls, station: StationConfig, line: LineConfig, open_engine: Callable[[str], Engine]) -> Inspectors:
+        """An inspector for each recipe of the station. `open_engine`: bundle name -> open engine. Raises InspectorError."""
+        by_recipe: dict[str, tuple[Inspector, RecipeRef]] = {}
+        engines: dict[str, Engine] = {}
+        for recipe_id in dict.fromkeys(station.products.values()):
+            recipe = line.recipes[recipe_id]
+            for bundle in sorted(recipe.bundles - set(engines)):
+                engines[bundle] = open_engine(bundle)
+            by_recipe[recipe_id] = (Inspector(recipe, engines), recipe.reference(recipe_id))
+        return cls(by_recipe, engines, line.reference())
 
 
 class _Clock:

@@ -5,16 +5,19 @@ Subscribers ignore unknown fields; an added field keeps v1.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel
 
 from edge_inspector.results import Moment, Reason, Result, Verdict
-from edge_inspector.schema import Field, TolerantModel, read_json, validate
+from edge_inspector.schema import MAX_BYTES, Field, TolerantModel, read_json, validate
+from edge_inspector.signatures import Signature
 
 ROOT = "ei/v1"
 MAX_REQUEST_BYTES = 8192
+MAX_VERSION = 2**53
 PlainId = Annotated[str, Field(pattern=r"^[\x21-\x7e]+$", min_length=1, max_length=128)]
 TopicLevel = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)]
 
@@ -30,6 +33,11 @@ class Topics:
     @property
     def root(self) -> str:
         return f"{ROOT}/{self.site}/{self.line}/{self.device}"
+
+    @property
+    def device_path(self) -> str:
+        """SITE/LINE/DEVICE, as people name a device."""
+        return f"{self.site}/{self.line}/{self.device}"
 
     def of(self, *levels: str) -> str:
         return "/".join((self.root, *levels))
@@ -240,6 +248,92 @@ class Reply(TolerantModel):
     error: ReplyError | None = None
 
 
+class Order(TolerantModel):
+    """Who wants something changed, and of which device; signed where the device requires it."""
+
+    by: PlainId = Field(description="who wants it, for the audit trail")
+    device: str = Field("", max_length=200, description="SITE/LINE/DEVICE; needed where it is signed: it holds there only")
+    signature: Signature | None = Field(None, description="over `signed_bytes` of the rest")
+
+
+class ConfigDesired(Order):
+    """config/desired, retained: the line configuration that a device shall have."""
+
+    schema_: Literal["ei.config-desired.v1"] = Field("ei.config-desired.v1", alias="schema")
+    line: dict[str, Any] = Field(description="line.yaml as JSON, whole; its version must be above every earlier one")
+    confirm_s: int = Field(
+        600, ge=0, le=86_400, description="on trial for so long: without a confirmation it is rolled back; 0: no trial, only "
+        "where nothing but recipes changes",
+    )  # fmt: skip
+
+
+class ConfigConfirm(Order):
+    """config/confirm: what shall become of the configuration with this version."""
+
+    schema_: Literal["ei.config-confirm.v1"] = Field("ei.config-confirm.v1", alias="schema")
+    version: int = Field(ge=1, le=MAX_VERSION)
+    action: Literal["confirm", "cancel", "reset"] = Field(
+        description="confirm or cancel the one on trial; reset: from the remote one in force back to the device's own line.yaml"
+    )
+
+
+class FaultFacts(TolerantModel):
+    """One thing wrong with a document."""
+
+    path: str
+    problem: str
+    found: str = ""
+    suggestion: str = ""
+
+
+ConfigOutcome = Literal[
+    "preparing", "trial", "committed", "rejected", "stale", "rolled_back", "cancelled", "reset", "refused", "too_early"
+]
+
+
+class ConfigEntry(TolerantModel):
+    """One line of the audit trail: who wanted what, and what became of it."""
+
+    at: Moment
+    by: str
+    version: int | None = None
+    hash: str = ""
+    outcome: ConfigOutcome
+    reason: str = ""
+    faults: tuple[FaultFacts, ...] = ()
+
+
+class ConfigTrial(TolerantModel):
+    """A configuration on trial."""
+
+    version: int
+    hash: str
+    by: str
+    deadline_at: Moment = Field(description="when it is rolled back, unless it is confirmed")
+    starts: int = Field(description="of the daemon since the trial began; the third rolls it back")
+
+
+class ConfigReported(TolerantModel):
+    """config/reported, retained: which line configuration is in force, and what became of those that were wanted."""
+
+    schema_: Literal["ei.config-reported.v1"] = Field("ei.config-reported.v1", alias="schema")
+    source: Literal["file", "remote"] = Field(description="of what is in force: the device's own line.yaml, or remote")
+    version: int = Field(description="in force")
+    hash: str
+    good_version: int = Field(description="what a rollback leads to")
+    seen: int = Field(description="versions up to this one are taken")
+    trial: ConfigTrial | None = None
+    last: ConfigEntry | None = Field(None, description="the latest order and what became of it")
+    history: tuple[ConfigEntry, ...] = Field((), description="the audit trail, newest last")
+    line: dict[str, Any] = Field(description="the document in force, passwords of cameras masked")
+
+
+def signed_bytes(values: dict[str, Any]) -> bytes:
+    """What the signature of an order covers: its JSON without `signature`, keys sorted, no spaces, UTF-8 (as in RFC 8785)."""
+    rest = {key: value for key, value in values.items() if key != "signature"}
+    return json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
 PUBLISHED: dict[str, type[BaseModel]] = {
     "result": Result,
     "verdict": VerdictMessage,
@@ -254,6 +348,9 @@ PUBLISHED: dict[str, type[BaseModel]] = {
     "trigger": TriggerRequest,
     "replay-request": ReplayRequest,
     "command": Command,
+    "config-desired": ConfigDesired,
+    "config-confirm": ConfigConfirm,
+    "config-reported": ConfigReported,
 }
 M = TypeVar("M", bound=BaseModel)
 
@@ -263,6 +360,6 @@ def encode(message: BaseModel) -> bytes:
     return message.model_dump_json(by_alias=True, exclude_none=True).encode()
 
 
-def decode(model: type[M], payload: bytes, topic: str) -> M:
+def decode(model: type[M], payload: bytes, topic: str, limit: int = MAX_BYTES) -> M:
     """A payload's model. Raises SchemaError with every fault."""
-    return validate(model, read_json(payload, topic), topic)
+    return validate(model, read_json(payload, topic, limit), topic)

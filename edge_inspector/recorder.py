@@ -57,8 +57,10 @@ class Recorder:
         """`held_up` waits while the outbox is full; False: give up. Verdicts go nowhere before `voice` is set."""
         self.voice: Voice | None = None
         self.counts = RecordCounts()
+        self.unjudged, self.unjudged_why = 0, ""
+        """Parts in a row that could not be judged although all was ready, and why not the last one."""
         self._station, self._outbox, self._evidence, self._output = station, outbox, evidence, output
-        self._configuration = configuration
+        self.configuration = configuration
         self._clock_ok, self._simulated, self._held_up = clock_ok, simulated, held_up
 
     def finish(
@@ -84,9 +86,13 @@ class Recorder:
             verdict=verdict, reason=reason, detail=detail[:256], state="completed" if recipe is not None else "failed",
             simulated=self._simulated(), clock_ok=self._clock_ok(), triggered_at=trigger.triggered_at,
             captured_at=shown[0].captured_at if shown else None, decided_at=utc_now(), expires_at=trigger.expires_at,
-            recipe=recipe, configuration=self._configuration, findings=inspection.findings,
+            recipe=recipe, configuration=self.configuration, findings=inspection.findings,
             times_ms=times if recipe is not None else Times(total=round(total_ms, 2)),
         )  # fmt: skip
+        if verdict is not Verdict.UNDECIDED:
+            self.unjudged = 0
+        elif reason not in (Reason.NOT_READY, Reason.INTERRUPTED):
+            self.unjudged, self.unjudged_why = self.unjudged + 1, f"{reason.value}: {detail}"
         if verdict is not Verdict.PASS:
             self._tell(result, trigger)
         if inspection.views:

@@ -69,9 +69,9 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
-def _bounded(data: bytes, source: str) -> str:
-    if len(data) > MAX_BYTES:
-        raise SchemaError(source, [Fault("", f"at most {MAX_BYTES} bytes are allowed", f"{len(data)} bytes")])
+def _bounded(data: bytes, source: str, limit: int = MAX_BYTES) -> str:
+    if len(data) > limit:
+        raise SchemaError(source, [Fault("", f"at most {limit} bytes are allowed", f"{len(data)} bytes")])
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -104,9 +104,9 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_json(data: bytes, source: str) -> object:
-    """Parse JSON bytes (at most 64 KB) into plain values. Raises SchemaError."""
-    text = _bounded(data, source)
+def read_json(data: bytes, source: str, limit: int = MAX_BYTES) -> object:
+    """Parse JSON bytes (at most 64 KB, unless said otherwise) into plain values. Raises SchemaError."""
+    text = _bounded(data, source, limit)
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

@@ -9,8 +9,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -22,15 +22,14 @@ from edge_inspector.config import StationConfig
 from edge_inspector.errors import CameraEnded, EngineLost, InspectorError
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import Frame, Trigger, utc_now
-from edge_inspector.inspector import Inspection, Inspector
+from edge_inspector.inspector import Inspection, Inspectors
 from edge_inspector.matching import Matcher, Part
 from edge_inspector.messages import Cause, EngineState, Ready
 from edge_inspector.outbox import Outbox
 from edge_inspector.outputs import Outputs
 from edge_inspector.recipes import Recipe
 from edge_inspector.recorder import RecordCounts, Recorder, Voice
-from edge_inspector.results import ConfigurationRef, Reason, RecipeRef, Verdict
-from edge_inspector.runtime import Engine, Tell, judge_samples
+from edge_inspector.results import ConfigurationRef, Reason, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +37,8 @@ QUEUE = 256
 """Journalled triggers that wait; more are `undecided: overload` at once."""
 LOST_TOLD = 64
 """Parts lost in one go of a free-running camera that get a result each."""
+UNJUDGED_TOLD = 5
+"""Parts in a row that could not be judged, at which health says so."""
 _WAIT_S = 0.25
 _MATCH_WAIT_S = 0.01
 """An image that is missing becomes known by time, not by an event."""
@@ -53,13 +54,12 @@ class Setting:
 
     outbox: Outbox
     evidence: EvidenceStore
-    recipes: Mapping[str, Recipe]
     configuration: ConfigurationRef
     session: str
     make_source: Callable[[str], Source]
     """Camera name -> fresh source."""
-    open_engine: Callable[[str, Tell], AbstractContextManager[Engine]]
-    """Bundle name, whom to tell of a build -> engine, not entered yet. Raises InspectorError."""
+    inspectors: Callable[[Callable[[str, str, int, int], None]], Inspectors]
+    """Opens what judges; tells of a build (bundle, phase, step, steps). Raises InspectorError."""
     clock_ok: Callable[[], bool]
     watch: Callable[[str], Callable[[], None]]
     """Loop name -> its tick."""
@@ -78,14 +78,16 @@ class Station:
         self.failure: Exception | None = None
         self.ended = threading.Event()
         """Set once a recording has been judged to its end."""
-        self.engines: dict[str, EngineState] = {}
-        """By bundle, once the station is ready."""
+        self.inspectors: Inspectors | None = None
+        """What judges, once the station is ready."""
+        self.is_stuck = False
+        """Whether its thread did not end when it was left."""
         self.cameras: dict[str, Camera] = {}
         self._triggers: queue.Queue[Trigger] = queue.Queue(QUEUE)
         self._matcher = Matcher.of(config) if config.trigger == "hardware" else None
         self._unfitting, self._unfitting_s = 0, float("-inf")
         self._wake = threading.Event()
-        self._inspectors: dict[str, tuple[Inspector, RecipeRef]] = {}
+        self._wanted: Inspectors | None = None
         self._product = config.product
         self._state, self._why = "preoperational", "starting"
         self._halted = False
@@ -117,6 +119,7 @@ class Station:
         """Finish the part at hand, then stop; triggers that still wait become undecided at the next start."""
         self._closing.set()
         self._thread.join(2.0)
+        self.is_stuck = self._thread.is_alive()
         self._become("preoperational", "stopped")
         self.setting.forget(self._thread.name)
         self._stack.close()
@@ -140,6 +143,26 @@ class Station:
     def counts(self) -> RecordCounts:
         """Results since the start."""
         return self._recorder.counts
+
+    # --- for the daemon
+
+    def swap(self, inspectors: Inspectors) -> None:
+        """Judge with these from the next part on; `inspectors` tells when that is so."""
+        self._wanted = inspectors
+        self._wake.set()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it judges with what it was given last."""
+        return self.inspectors is not None and self._wanted is None
+
+    @property
+    def engines(self) -> dict[str, EngineState]:
+        """What runs each bundle, once the station is ready."""
+        return {
+            name: EngineState(runtime=engine.runtime, precision=engine.precision, instead=engine.instead)
+            for name, engine in (self.inspectors.engines.items() if self.inspectors is not None else ())
+        }
 
     # --- for the broker
 
@@ -199,6 +222,9 @@ class Station:
             if camera.state is CameraState.FAULT:
                 thing = f"{self.name}/{name}"
                 causes.append(Cause(code="camera_fault", severity="failure", thing=thing, text=camera.fault))
+        if self._recorder.unjudged >= UNJUDGED_TOLD:
+            text = f"the last {self._recorder.unjudged} parts could not be judged: {self._recorder.unjudged_why}"
+            causes.append(Cause(code="nothing_judged", severity="failure", thing=self.name, text=text))
         if self._matcher is not None and time.monotonic() - self._unfitting_s < _LATELY_S:
             counts = self._matcher.counts
             text = f"since the start: {counts.extra} images without a part, {counts.bounced} too soon after another"
@@ -214,12 +240,13 @@ class Station:
     # --- the thread
 
     def _run(self) -> None:
-        engines = ExitStack()
         try:
-            self._prepare(engines)
+            self._prepare()
             self._tick = self.setting.watch(self._thread.name)
             while not self._closing.is_set():
                 self._tick()
+                if self._wanted is not None:
+                    self._swapped(self._wanted)
                 if self._camera_fault() != self._told_fault:
                     self._tell_ready()
                 if self._matcher is not None:
@@ -235,33 +262,27 @@ class Station:
         except Exception as error:
             log.exception("station %s ended", self.name)
             self.failure = error
-        finally:
-            engines.close()
         if isinstance(self.failure, EngineLost):  # PyCUDA aborts the process when a thread ends whose context it could not pop
             threading.Event().wait(_PARKED_S)
 
-    def _prepare(self, stack: ExitStack) -> None:
+    def _prepare(self) -> None:
         """Open and warm every engine and judge its samples; a bundle that fails leaves the station not ready."""
         try:
-            engines: dict[str, Engine] = {}
-            for recipe_id in dict.fromkeys(self.config.products.values()):
-                recipe = self.setting.recipes[recipe_id]
-                for bundle in sorted(recipe.bundles - set(engines)):
-                    engines[bundle] = stack.enter_context(self.setting.open_engine(bundle, partial(self._building, bundle)))
-                    judge_samples(engines[bundle])
-                self._inspectors[recipe_id] = (Inspector(recipe, engines), recipe.reference(recipe_id))
+            self._swapped(self.setting.inspectors(self._building))
         except EngineLost:
             raise
         except InspectorError as error:
             log.error("station %s is not ready: %s", self.name, error)
             self._become("error", error.message)
-            return
         finally:
             self._is_building = False
-        self.engines = {
-            name: EngineState(runtime=engine.runtime, precision=engine.precision, instead=engine.instead)
-            for name, engine in engines.items()
-        }
+
+    def _swapped(self, inspectors: Inspectors) -> None:
+        """Between two parts: judge with these from now on."""
+        self.inspectors = inspectors
+        self._recorder.configuration = inspectors.configuration
+        if self._wanted is inspectors:
+            self._wanted = None
         self._become("ready" if self.config.trigger == "software" else "continuous_execution")
 
     def _building(self, bundle: str, phase: str, step: int, steps: int) -> None:
@@ -398,7 +419,8 @@ class Station:
             detail = f"product {product!r}; known here: {', '.join(self.config.products)}"
             self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.UNKNOWN_PRODUCT, detail))
             return
-        inspector, reference = self._inspectors[recipe_id]
+        assert self.inspectors is not None
+        inspector, reference = self.inspectors.by_recipe[recipe_id]
         trigger = replace(trigger, product=product)
         began = time.perf_counter()
         if frames is None:

@@ -189,7 +189,11 @@ class Listener:
             if isinstance(event, Message):
                 self.connection.acknowledge(event.ack)
                 levels = TOPICS.within(event.topic)
-                if levels[0] not in ("trigger", "command") and levels[-1] != "request":  # what tests say themselves
+                if levels[0] not in ("trigger", "command") and levels[-1] not in (
+                    "request",
+                    "desired",
+                    "confirm",
+                ):  # said by tests
                     self.heard.append((levels, json.loads(event.payload)))
 
     def of(self, *levels: str) -> list[dict[str, Any]]:

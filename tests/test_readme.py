@@ -31,7 +31,9 @@ def test_every_command_exists_with_its_options(page: Path) -> None:
     for line in re.findall(r"^(?:sudo )?(?:\S*/)?edge-inspector (.+)$", page.read_text(), re.MULTILINE):
         words = shlex.split(line, comments=True)
         assert words[0] in verbs, line
-        known = {option for parameter in verbs[words[0]].params for option in parameter.opts}
+        verb = verbs[words[0]]
+        verb = verb.commands[words[1]] if hasattr(verb, "commands") else verb
+        known = {option for parameter in verb.params for option in parameter.opts}
         assert {word for word in words[1:] if word.startswith("--")} <= known, line
 
 

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from edge_inspector.cli import offline, online
+from edge_inspector.cli import offline, online, remote
 from edge_inspector.cli.shown import complain
 from edge_inspector.errors import EngineLost, InspectorError
 
@@ -40,6 +40,9 @@ for _offline_verb in (
     offline.sign,
 ):
     app.command()(_offline_verb)
+
+
+app.add_typer(remote.app)
 
 
 def main() -> None:

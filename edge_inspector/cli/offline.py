@@ -323,9 +323,9 @@ def bench(
     from edge_inspector import health, pictures, preprocess  # noqa: PLC0415
     from edge_inspector.bundles import open_bundle  # noqa: PLC0415
     from edge_inspector.config import load_device, load_line  # noqa: PLC0415
-    from edge_inspector.daemon import batch_of, workshop_of  # noqa: PLC0415
     from edge_inspector.roi import Roi  # noqa: PLC0415
     from edge_inspector.runtime import OnnxEngine, opened  # noqa: PLC0415
+    from edge_inspector.wiring import batch_of, workshop_of  # noqa: PLC0415
 
     device = load_device(config) if config else None
     found = open_bundle(bundle, device.trust if device else trust, clock_ok=health.clock().ok)

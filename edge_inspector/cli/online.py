@@ -150,18 +150,17 @@ def capture(
 def run(config: ConfigOption = Path("device.yaml"), verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False) -> None:
     """Run the daemon. SIGTERM stops it, SIGHUP reads line.yaml again."""
     from edge_inspector import daemon  # noqa: PLC0415
-    from edge_inspector.config import load_device, load_line  # noqa: PLC0415
+    from edge_inspector.config import load_device  # noqa: PLC0415
 
     start_logging(verbose=verbose)
     device = load_device(config)
-    line = load_line(device.line_file)
     stop, reload = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     signal.signal(signal.SIGHUP, lambda *_: reload.set())
     log = logging.getLogger("edge_inspector")
     daemon.run(
-        device, line, stop, reload,
+        device, stop, reload,
         on_ready=lambda now: log.info("ready: %s; configuration version %d", ", ".join(now.stations), now.version),
     )  # fmt: skip
 
@@ -237,8 +236,8 @@ def build(
     from edge_inspector import health  # noqa: PLC0415
     from edge_inspector.bundles import open_bundle  # noqa: PLC0415
     from edge_inspector.config import load_device, load_line  # noqa: PLC0415
-    from edge_inspector.daemon import batch_of, workshop_of  # noqa: PLC0415
     from edge_inspector.frames import utc_now  # noqa: PLC0415
+    from edge_inspector.wiring import batch_of, workshop_of  # noqa: PLC0415
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # why it is built
     device = load_device(config)
@@ -271,8 +270,8 @@ def watch(
 ) -> None:
     """Follow results over MQTT: each once and in order, missed ones replayed; and alerts and readiness."""
     from edge_inspector.config import load_device  # noqa: PLC0415
-    from edge_inspector.daemon import connection_of, topics_of  # noqa: PLC0415
     from edge_inspector.subscriber import Subscriber  # noqa: PLC0415
+    from edge_inspector.wiring import connection_of, topics_of  # noqa: PLC0415
 
     if start not in ("all", "new"):
         raise InspectorError(f"--start {start!r}: must be all or new")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -21,13 +21,14 @@ import pytest
 
 from edge_inspector.bundles import Bundle
 from edge_inspector.cameras import Camera, CameraState, open_source
-from edge_inspector.config import CameraConfig, StationConfig
+from edge_inspector.config import CameraConfig, LineConfig, StationConfig
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import Frame, Trigger, utc_now
+from edge_inspector.inspector import Inspectors
 from edge_inspector.matching import MatchCounts
 from edge_inspector.outbox import Outbox
 from edge_inspector.recipes import Recipe
-from edge_inspector.results import ConfigurationRef, Reason, Result, Verdict
+from edge_inspector.results import Reason, Result, Verdict
 from edge_inspector.runtime import OnnxEngine
 from edge_inspector.station import Setting, Station
 from tests.faults.rigs import RIGS, Aravis, Rig, Rtsp
@@ -75,12 +76,12 @@ class Line:
             "trigger": "software", "product": "tiny", "products": {"tiny": "whole"},
             "cameras": {name: camera.model_dump() for name, camera in cameras.items()}, **station,
         })  # fmt: skip
+        line = LineConfig.model_validate({"schema": "ei.line.v1", "stations": {"press": config}, "recipes": {"whole": recipe}})
         self.outbox = stack.enter_context(Outbox(folder / "state", ["press"]))
         setting = Setting(
-            outbox=self.outbox, evidence=stack.enter_context(EvidenceStore(folder / "evidence", 0)), recipes={"whole": recipe},
-            configuration=ConfigurationRef(version=1, hash="0"), session="s",
-            make_source=lambda name: open_source(cameras[name], folder), open_engine=lambda *_: nullcontext(engine),
-            clock_ok=lambda: True, watch=lambda _: lambda: None, forget=lambda _: None,
+            outbox=self.outbox, evidence=stack.enter_context(EvidenceStore(folder / "evidence", 0)), session="s",
+            configuration=line.reference(), make_source=lambda name: open_source(cameras[name], folder),
+            inspectors=lambda _: Inspectors.of(config, line, lambda _: engine), clock_ok=lambda: True, watch=lambda _: lambda: None, forget=lambda _: None,
         )  # fmt: skip
         engine = stack.enter_context(OnnxEngine(bundle))
         self.station = stack.enter_context(Station("press", config, setting))

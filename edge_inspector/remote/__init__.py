@@ -1,0 +1,1 @@
+"""What is changed from afar: line configurations. On the device `configuration`, for people `client`."""

@@ -1,0 +1,75 @@
+"""What the documents of a device say, made: topics, connection, engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from edge_inspector import health, preprocess
+from edge_inspector.bundles import Bundle, open_bundle
+from edge_inspector.config import Device, LineConfig
+from edge_inspector.inspector import Inspectors
+from edge_inspector.messages import Topics
+from edge_inspector.mqtt import Connection, Will, read_password, tls_context
+from edge_inspector.roi import Roi
+from edge_inspector.runtime import Engine, Pool, Workshop, opened
+
+MAX_BATCH = 16
+TellBuild = Callable[[str, str, int, int], None]
+
+
+def topics_of(device: Device) -> Topics:
+    """The topics of a device."""
+    identity = device.config.identity
+    return Topics(identity.site, identity.line, identity.device)
+
+
+def connection_of(device: Device, client_id: str, subscriptions: tuple[str, ...] = (), will: Will | None = None) -> Connection:
+    """A connection to the device's broker, not entered yet. Raises BrokerError for unreadable credentials."""
+    broker = device.config.broker
+    tls = None
+    if broker.tls is not None:
+        tls = tls_context(*(device.path(name) for name in (broker.tls.ca_file, broker.tls.cert_file, broker.tls.key_file)))
+    password = read_password(device.path(broker.password_file))
+    return Connection(broker, client_id, subscriptions=subscriptions, will=will, password=password, tls=tls)
+
+
+def batch_of(bundle: Bundle, line: LineConfig, runtime: str) -> int:
+    """Tiles that go through this bundle's network together.
+
+    On a GPU all of one part, of all its regions, cameras and frames. A CPU gains nothing from that: there those of one region.
+    """
+    trained, spec = bundle.manifest.training, bundle.manifest.input
+    most = 1
+    for recipe in line.recipes.values():
+        counts = [0]
+        for roi in (roi for camera in recipe.cameras.values() for roi in camera.rois.values()):
+            if roi.bundle != bundle.manifest.name:
+                continue
+            # A region without shape is the whole frame: as large as the training pictures, as far as is known here.
+            box = roi.box(trained.height_px, trained.width_px) if roi.shape == Roi() else roi.box(65536, 65536)
+            size = box[2:] if box is not None else (trained.width_px, trained.height_px)
+            counts.append(preprocess.tile_count(spec, *size))
+        most = max(most, sum(counts) * recipe.decision.frames if runtime == "tensorrt" else max(counts))
+    return min(MAX_BATCH, most)
+
+
+def workshop_of(device: Device) -> Workshop:
+    """Where a device keeps its TensorRT engines."""
+    return Workshop(device.state / "engines", device.trust, device.config.engine.threads, health.clock().ok)
+
+
+def _pooled(device: Device, line: LineConfig, pool: Pool, tell: TellBuild, name: str) -> Engine:
+    bundle = open_bundle(device.bundles / name, device.trust, clock_ok=health.clock().ok)
+    batch_for = partial(batch_of, bundle, line)
+    key = bundle.sha256, batch_for(device.config.engine.runtime)
+    told = partial(tell, name)
+    return pool.engine(key, lambda: opened(bundle, device.config.engine, workshop_of(device), batch_for, told))
+
+
+def inspectors_of(device: Device, line: LineConfig, station: str, pool: Pool, tell: TellBuild) -> Inspectors:
+    """What judges the parts of one station: its bundles verified, its engines open (the pool's, where it has them).
+
+    `tell` hears of builds: bundle, phase, step, steps; what it raises ends one. Raises InspectorError.
+    """
+    return Inspectors.of(line.stations[station], line, partial(_pooled, device, line, pool, tell))
