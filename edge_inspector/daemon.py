@@ -27,6 +27,7 @@ from edge_inspector.mqtt import Will
 from edge_inspector.outbox import Outbox
 from edge_inspector.outputs import Outputs
 from edge_inspector.remote.configuration import Configuration
+from edge_inspector.remote.orders import Authority
 from edge_inspector.runtime import Pool
 from edge_inspector.station import Setting, Station
 from edge_inspector.updates import Updates
@@ -224,9 +225,8 @@ def run(
     """
     with _alone(device), _pools() as pools:
         trust = device.path(device.config.remote.trust) if device.config.remote.require_signature else None
-        configuration = Configuration(
-            device.state, partial(load_line, device.line_file), device=topics_of(device).device_path, trust=trust
-        )
+        authority = Authority(topics_of(device).device_path, trust)
+        configuration = Configuration(device.state / "configuration.json", partial(load_line, device.line_file), authority)
         updates = Updates(device, configuration, pools, stop)
         orders: dict[str, tuple[bool, str | None]] = {}
         while not stop.is_set():

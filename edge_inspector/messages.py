@@ -267,13 +267,14 @@ class ConfigDesired(Order):
     )  # fmt: skip
 
 
-class ConfigConfirm(Order):
-    """config/confirm: what shall become of the configuration with this version."""
+class Confirm(Order):
+    """config/confirm, bundle/{name}/confirm: what shall become of the one with this version or release."""
 
-    schema_: Literal["ei.config-confirm.v1"] = Field("ei.config-confirm.v1", alias="schema")
+    schema_: Literal["ei.confirm.v1"] = Field("ei.confirm.v1", alias="schema")
+    subject: str = Field("", max_length=128, description="configuration, or bundle/NAME; needed where it is signed")
     version: int = Field(ge=1, le=MAX_VERSION)
     action: Literal["confirm", "cancel", "reset"] = Field(
-        description="confirm or cancel the one on trial; reset: from the remote one in force back to the device's own line.yaml"
+        description="confirm or cancel the one on trial; reset: from the remote one in force back to the device's own"
     )
 
 
@@ -286,25 +287,25 @@ class FaultFacts(TolerantModel):
     suggestion: str = ""
 
 
-ConfigOutcome = Literal[
+Outcome = Literal[
     "preparing", "trial", "committed", "rejected", "stale", "rolled_back", "cancelled", "reset", "refused", "too_early"
 ]
 
 
-class ConfigEntry(TolerantModel):
+class AuditEntry(TolerantModel):
     """One line of the audit trail: who wanted what, and what became of it."""
 
     at: Moment
     by: str
     version: int | None = None
     hash: str = ""
-    outcome: ConfigOutcome
+    outcome: Outcome
     reason: str = ""
     faults: tuple[FaultFacts, ...] = ()
 
 
-class ConfigTrial(TolerantModel):
-    """A configuration on trial."""
+class TrialFacts(TolerantModel):
+    """What is on trial."""
 
     version: int
     hash: str
@@ -317,14 +318,14 @@ class ConfigReported(TolerantModel):
     """config/reported, retained: which line configuration is in force, and what became of those that were wanted."""
 
     schema_: Literal["ei.config-reported.v1"] = Field("ei.config-reported.v1", alias="schema")
-    source: Literal["file", "remote"] = Field(description="of what is in force: the device's own line.yaml, or remote")
+    source: Literal["local", "remote"] = Field(description="of what is in force: the device's own line.yaml, or remote")
     version: int = Field(description="in force")
     hash: str
     good_version: int = Field(description="what a rollback leads to")
     seen: int = Field(description="versions up to this one are taken")
-    trial: ConfigTrial | None = None
-    last: ConfigEntry | None = Field(None, description="the latest order and what became of it")
-    history: tuple[ConfigEntry, ...] = Field((), description="the audit trail, newest last")
+    trial: TrialFacts | None = None
+    last: AuditEntry | None = Field(None, description="the latest order and what became of it")
+    history: tuple[AuditEntry, ...] = Field((), description="the audit trail, newest last")
     line: dict[str, Any] = Field(description="the document in force, passwords of cameras masked")
 
 
@@ -349,7 +350,7 @@ PUBLISHED: dict[str, type[BaseModel]] = {
     "replay-request": ReplayRequest,
     "command": Command,
     "config-desired": ConfigDesired,
-    "config-confirm": ConfigConfirm,
+    "confirm": Confirm,
     "config-reported": ConfigReported,
 }
 M = TypeVar("M", bound=BaseModel)

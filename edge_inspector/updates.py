@@ -108,7 +108,7 @@ class Updates:
             configuration.take(current.broker.topics.within(order.topic)[1], order.payload)
             connection.acknowledge(order.ack)
         starting = _starting(current) if configuration.line is current.line else {"the configuration"}
-        configuration.tick(failures, connected=connection.connected.is_set(), starting=starting)
+        configuration.trials.tick(failures, connected=connection.connected.is_set(), starting=starting)
         self._prepare()
         anew = configuration.line is not current.line and not self._swapped(current, configuration.line)
         current.broker.retain(configuration.report(), "config", "reported")
@@ -138,7 +138,7 @@ class Updates:
     def _sweep(self, current: RunningLine) -> None:
         """Close engines that nothing can come back to."""
         settled = all(station.is_settled for station in current.stations.values())
-        if not self._unswept or not settled or self._preparation is not None or self._configuration.on_trial:
+        if not self._unswept or not settled or self._preparation is not None or self._configuration.trials.trial is not None:
             return
         self._unswept = False
         self._ready.clear()

@@ -115,7 +115,7 @@ def test_what_nobody_confirms_is_rolled_back(tmp_path: Path, mosquitto: Mosquitt
             lambda: any(c["code"] == "configuration_trial" for h in listener.of("health") for c in h["reasons"]), what="health"
         )
         told = outcome(listener, "rolled_back")
-        assert (told["version"], told["seen"], told["source"]) == (3, 4, "file")
+        assert (told["version"], told["seen"], told["source"]) == (3, 4, "local")
         assert "not confirmed within 2 s" in told["last"]["reason"]
         until(lambda: listener.of("health")[-1]["reasons"][0]["code"] == "configuration_rolled_back", what="health")
         listener.say({"trigger_id": "T"}, "trigger", "sheet")
@@ -151,7 +151,7 @@ def test_what_is_wrong_is_told_with_its_place_and_changes_nothing(tmp_path: Path
         decide(listener, 3, "confirm")
         assert "not on trial" in outcome(listener, "refused")["last"]["reason"]
         told = reported(listener)
-        assert (told["version"], told["source"]) == (3, "file")
+        assert (told["version"], told["source"]) == (3, "local")
         assert listener.of("state")[-1]["configuration_version"] == 3
 
 
@@ -181,7 +181,7 @@ def test_stations_may_change_too_and_what_fails_on_trial_is_rolled_back(tmp_path
         assert collected(subscriber, 1)[0].verdict.value != "undecided"
         decide(listener, 4, "reset")
         told = outcome(listener, "reset")
-        assert (told["source"], told["version"], told["seen"]) == ("file", 3, 5)
+        assert (told["source"], told["version"], told["seen"]) == ("local", 3, 5)
         until(lambda: listener.of("state")[-1].get("configuration_version") == 3, what="line.yaml")
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from edge_inspector.cli.shown import ConfigOption, JsonOption, err, out, print_json
 from edge_inspector.config import Device, DeviceConfig, LineConfig, load_device, parse_line, read_document
 from edge_inspector.errors import InspectorError
-from edge_inspector.messages import ConfigEntry, ConfigReported
+from edge_inspector.messages import AuditEntry, ConfigReported
 from edge_inspector.remote.client import Difference, Remote, differences
 from edge_inspector.schema import read_yaml, validate
 from edge_inspector.signatures import read_private_key
@@ -93,7 +93,7 @@ def show(
         return
     if online is False:
         err.print("the device is offline: this is what it said last", style="yellow")
-    where = "its own line.yaml" if told.source == "file" else "remote"
+    where = "its own line.yaml" if told.source == "local" else "remote"
     out.print(f"[bold]{escape(topics.device_path)}[/bold]: version {told.version} ({told.hash}), {where}")
     _show_trial(told)
     if told.last is not None:
@@ -212,7 +212,7 @@ def _cancellable(told: ConfigReported) -> int:
 
 
 def _resettable(told: ConfigReported) -> int:
-    if told.source == "file":
+    if told.source == "local":
         raise InspectorError("the device's own line.yaml is in force already")
     return told.version
 
@@ -244,7 +244,7 @@ def _show_trial(told: ConfigReported) -> None:
         )  # fmt: skip
 
 
-def _show_entry(what: str, entry: ConfigEntry) -> None:
+def _show_entry(what: str, entry: AuditEntry) -> None:
     version = f"version {entry.version} " if entry.version is not None else ""
     reason = f": {entry.reason}" if entry.reason else ""
     out.print(escape(f"{what}: {version}of {entry.by} {entry.outcome.replace('_', ' ')}{reason}"))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from edge_inspector import messages, signatures
 from edge_inspector.errors import BrokerError, SchemaError
-from edge_inspector.messages import ConfigConfirm, ConfigDesired, ConfigReported, StateMessage, Topics
+from edge_inspector.messages import ConfigDesired, ConfigReported, Confirm, StateMessage, Topics
 from edge_inspector.mqtt import Acknowledged, Connection, Message
 from edge_inspector.signatures import Ed25519PrivateKey
 
@@ -86,10 +86,10 @@ class Remote:
 
     def decide(self, version: int, action: Literal["confirm", "cancel", "reset"]) -> None:
         """Confirm or cancel the configuration on trial, or reset to the device's own file. Raises BrokerError."""
-        order = ConfigConfirm(by=self.by, device=self.topics.device_path, version=version, action=action)
+        order = Confirm(by=self.by, device=self.topics.device_path, subject="configuration", version=version, action=action)
         self._send(order, "confirm", retain=False)
 
-    def _send(self, order: ConfigDesired | ConfigConfirm, level: str, *, retain: bool) -> None:
+    def _send(self, order: ConfigDesired | Confirm, level: str, *, retain: bool) -> None:
         if self._key is not None:
             values = order.model_dump(mode="json", by_alias=True, exclude_none=True)
             order = order.model_copy(update={"signature": signatures.sign(messages.signed_bytes(values), self._key)})

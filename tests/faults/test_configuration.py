@@ -21,15 +21,17 @@ import pytest
 
 from edge_inspector.config import LineConfig, parse_line
 from edge_inspector.errors import InspectorError
-from edge_inspector.remote import configuration, durable, state
-from edge_inspector.remote.configuration import FAILURE_S, Configuration
+from edge_inspector.remote import configuration, durable, trial
+from edge_inspector.remote.configuration import Configuration
+from edge_inspector.remote.orders import Authority
+from edge_inspector.remote.trial import FAILURE_S
 from edge_inspector.schema import read_yaml
 from tests.faults.crashes import Crash, Disk, Schedule
 from tests.line import DaemonProcess, Listener, Mosquitto, device_folder, line_yaml, listening, until
 
 LONG = bool(os.environ.get("EDGE_INSPECTOR_LONG"))
-MODULES = tuple(Path(module.__file__) for module in (configuration, durable, state) if module.__file__)
-DEVICE = "plant/line/edge"
+MODULES = tuple(Path(module.__file__) for module in (configuration, durable, trial) if module.__file__)
+DEVICE, STATE = "plant/line/edge", "configuration.json"
 FILE_VERSION = 3
 
 
@@ -68,7 +70,7 @@ class World:
             try:
                 with self.schedule.traced():
                     now = Configuration(
-                        self.disk.folder, lambda: parse_line(document(FILE_VERSION), "line.yaml"), device=DEVICE,
+                        self.disk.folder / STATE, lambda: parse_line(document(FILE_VERSION), "line.yaml"), Authority(DEVICE),
                         clock=lambda: ("boot", self.now_s),
                     )  # fmt: skip
                     self.look(now)
@@ -84,7 +86,7 @@ class World:
 
     def look(self, now: Configuration) -> None:
         """What the daemon does twice a second: prepare, put in force, report."""
-        now.tick(self.failures, connected=True)
+        now.trials.tick(self.failures, connected=True)
         candidate = now.candidate
         if candidate is not None:
             bad = candidate.line.recipes["r"].cameras["top"].rois["all"].threshold == UNPREPARABLE
@@ -97,7 +99,7 @@ class World:
         if not self.applied or self.applied[-1] != line:
             self.applied.append(line)
         on_disk = self.on_disk()
-        written = [kept["line"] for kept in (on_disk.get("trial"), on_disk.get("good")) if kept]
+        written = [kept for kept in (on_disk.get("trial"), on_disk.get("good")) if kept]
         if now.is_remote and line.version not in [one["version"] for one in written]:
             self.problems.append(f"version {line.version} shows, and is not on disk for certain")
         if line.version in self.refused:
@@ -111,8 +113,8 @@ class World:
 
     def on_disk(self) -> dict[str, Any]:
         """What survives whatever comes."""
-        path = self.disk.folder / "remote.json"
-        data = self.disk.synced.get("remote.json") if self.power else path.read_bytes() if path.exists() else None
+        path = self.disk.folder / STATE
+        data = self.disk.synced.get(STATE) if self.power else path.read_bytes() if path.exists() else None
         found: dict[str, Any] = json.loads(data) if data else {}
         return found
 
@@ -151,9 +153,9 @@ class World:
         elif kind == "wrong":
             now.take("desired", json.dumps({"by": "anna", "line": {**document(more[0]), "stations": 5}}).encode())
         elif kind in ("confirm", "cancel", "reset"):
-            if kind == "confirm" and now.on_trial and now.line.version == more[0] and not self.failures:
+            if kind == "confirm" and now.trials.trial and now.line.version == more[0] and not self.failures:
                 self.confirmed.add(more[0])
-            order = {"schema": "ei.config-confirm.v1", "by": "ben", "version": more[0], "action": kind}
+            order = {"schema": "ei.confirm.v1", "by": "ben", "version": more[0], "action": kind}
             now.take("confirm", json.dumps(order).encode())
         elif kind == "passes":
             self.now_s += more[0]
