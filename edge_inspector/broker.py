@@ -95,7 +95,7 @@ class Broker:
         """`tick` is called at least once a second while the thread is alive."""
         self.connection, self.topics, self.outbox, self.stations = connection, topics, outbox, stations
         self.orders: queue.Queue[Message] = queue.Queue(ORDERS)
-        """Of remote configuration, for the daemon: it acknowledges them."""
+        """Of configurations and bundles, for the daemon: it acknowledges them."""
         self.refused = 0
         self.failure: Exception | None = None
         self._tick = tick
@@ -118,6 +118,7 @@ class Broker:
         return (
             topics.of("trigger", "+"), topics.of("replay", "+", "request"), topics.of("command", "+"),
             topics.of("config", "desired"), topics.of("config", "confirm"),
+            topics.of("bundle", "+", "desired"), topics.of("bundle", "+", "confirm"),
         )  # fmt: skip
 
     def __enter__(self) -> Broker:
@@ -284,17 +285,17 @@ class Broker:
     def _take(self, message: Message) -> None:
         levels = self.topics.within(message.topic)
         try:
-            is_document = levels == ("config", "desired")
-            if len(message.payload) > (MAX_BYTES if is_document else messages.MAX_REQUEST_BYTES):
+            is_desired = levels[0] in ("config", "bundle") and levels[-1] == "desired"
+            if len(message.payload) > (MAX_BYTES if is_desired else messages.MAX_REQUEST_BYTES):
                 raise InspectorError(f"{message.topic}: {len(message.payload)} bytes, too large")
-            if message.retain and not is_document:
+            if message.retain and not is_desired:
                 raise InspectorError(
                     f"{message.topic}: retained messages are refused", hint="publish it without the retain flag"
                 )
             if levels[0] == "trigger":
                 self._take_trigger(levels[1], message)
                 return  # acknowledged once it is journalled
-            if levels[0] == "config":
+            if levels[0] in ("config", "bundle"):
                 self._take_order(message)
                 return  # acknowledged once it is carried out
             if levels[0] == "replay":
@@ -302,13 +303,14 @@ class Broker:
             else:
                 self._take_command(levels[1], message)
         except InspectorError as error:
-            self._refuse(levels[1] if len(levels) > 1 else "", error)
+            self.refuse(levels[1] if len(levels) > 1 else "", error)
         except (ArithmeticError, TypeError, ValueError) as error:  # never die of a message: it would come again for ever
             log.exception("message on %s", message.topic)
-            self._refuse(levels[1] if len(levels) > 1 else "", InspectorError(f"{message.topic}: {error}"))
+            self.refuse(levels[1] if len(levels) > 1 else "", InspectorError(f"{message.topic}: {error}"))
         self.connection.acknowledge(message.ack)
 
-    def _refuse(self, station: str, error: InspectorError) -> None:
+    def refuse(self, station: str, error: InspectorError) -> None:
+        """Count a message that is not taken, and tell people; of several within a second one."""
         self.refused += 1
         now = time.monotonic()
         if now - self._alerted_s < 1.0:
@@ -339,7 +341,7 @@ class Broker:
             station = self._station(name)
             request = messages.decode(TriggerRequest, message.payload, message.topic)
         except InspectorError as error:
-            self._refuse(name, error)
+            self.refuse(name, error)
             self.connection.acknowledge(message.ack)
             return
         now_s, now = time.monotonic(), utc_now()

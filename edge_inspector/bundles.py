@@ -194,12 +194,17 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 
-def _check_files(folder: Path, manifest: Manifest) -> None:
+def _check_names(folder: Path, manifest: Manifest) -> None:
     if len(manifest.files) > MAX_FILES:
         raise BundleDamaged(f"{folder}: {len(manifest.files)} files, at most {MAX_FILES}")
-    for name, entry in manifest.files.items():
+    for name in manifest.files:
         if not _FILE_NAME.match(name) or name in (MANIFEST, SIGNATURE):
             raise BundleDamaged(f"{folder}: file name {name!r} is not a plain name inside the bundle")
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    _check_names(folder, manifest)
+    for name, entry in manifest.files.items():
         path = _plain(folder, name)
         if path.stat().st_size != entry.size:
             raise BundleDamaged(f"{path}: {path.stat().st_size} bytes, the manifest says {entry.size}")
@@ -225,6 +230,15 @@ def _check_signature(folder: Path, data: bytes, trust: Path) -> str:
         raise BundleUntrusted(f"{path}: not a signature file: {error}") from error
     except SignatureError as error:
         raise BundleUntrusted(f"{folder}: {error.message}", hint=error.hint) from error
+
+
+def signed_manifest(folder: Path, trust: Path) -> Manifest:
+    """The manifest of a bundle whose other files may not be there yet. Raises BundleError."""
+    data = _plain(folder, MANIFEST).read_bytes()
+    _check_signature(folder, data, trust)
+    manifest = _manifest(data, folder)
+    _check_names(folder, manifest)
+    return manifest
 
 
 def open_bundle(folder: Path, trust: Path, *, now: datetime | None = None, clock_ok: bool = True) -> Bundle:

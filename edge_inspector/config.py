@@ -119,9 +119,9 @@ class OutputConfig(Model):
 class RemoteConfig(Model):
     """What may be changed over MQTT, and by whom."""
 
-    configuration: bool = Field(True, description="whether line configurations over MQTT are taken at all")
     require_signature: bool = Field(False, description="orders must be signed by a key of `trust`")
     trust: str = Field("trust", description="folder of public keys (*.pub) whose orders are carried out")
+    ca_file: str | None = Field(None, description="of servers that bundles are fetched from; none: the system's")
 
 
 class DeviceConfig(Model):

@@ -31,7 +31,7 @@ from edge_inspector.remote.orders import Authority
 from edge_inspector.runtime import Pool
 from edge_inspector.station import Setting, Station
 from edge_inspector.updates import Updates
-from edge_inspector.wiring import connection_of, inspectors_of, topics_of
+from edge_inspector.wiring import Setup, connection_of, inspectors_of, topics_of
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +77,9 @@ class _Alarms:
 class _Line:
     """One line configuration in force: its stations, broker and outbox, from start to stop or reload."""
 
-    def __init__(self, device: Device, line: LineConfig, stack: ExitStack, pools: dict[str, Pool]) -> None:
-        self.device, self.line = device, line
+    def __init__(self, device: Device, setup: Setup, stack: ExitStack, pools: dict[str, Pool]) -> None:
+        self.device, self.setup = device, setup
+        line = setup.line
         self._pools = pools
         self.session = secrets.token_hex(4)
         self.watchdog = systemd.Watchdog(PATIENCE_S)
@@ -95,20 +96,18 @@ class _Line:
         self.outbox = Outbox(
             device.state, line.stations, quota_mb=device.config.storage.results_mb, tick=self.watchdog.loop("outbox")
         )
-        evidence = EvidenceStore(device.state / "evidence", device.config.storage.evidence_mb)
+        self.evidence = EvidenceStore(device.state / "evidence", device.config.storage.evidence_mb)
         self.connection = connection_of(
             device, "-".join(("ei", *topics.root.split("/")[2:])), Broker.subscriptions(topics),
             Will(topics.of("state"), messages.encode(offline)),
         )  # fmt: skip
         self.outputs = {name: Outputs(name, config) for name, config in device.config.outputs.items() if name in line.stations}
-        self.stations = {
-            name: Station(name, config, self._setting(evidence, name, config)) for name, config in line.stations.items()
-        }
+        self.stations = {name: Station(name, config, self._setting(name, config)) for name, config in line.stations.items()}
         self.broker = Broker(self.connection, topics, self.outbox, self.stations, tick=self.watchdog.loop("broker"))
         self.alarms = _Alarms(self.broker, self.stations)
         for output in self.outputs.values():
             stack.enter_context(output)
-        for part in (self.outbox, evidence, self.connection, self.broker):
+        for part in (self.outbox, self.evidence, self.connection, self.broker):
             stack.enter_context(part)
         stack.callback(self.broker.retain, offline, "state")
         self.broker.retain(self._state, "state")
@@ -124,18 +123,18 @@ class _Line:
                     "outputs %s: verdicts may take longer than the delay of line %d: their part has passed", name, pulse.line
                 )
 
-    def _setting(self, evidence: EvidenceStore, name: str, config: StationConfig) -> Setting:
+    def _setting(self, name: str, config: StationConfig) -> Setting:
         return Setting(
-            outbox=self.outbox, evidence=evidence, configuration=self.line.reference(), session=self.session,
+            outbox=self.outbox, evidence=self.evidence, configuration=self.setup.line.reference(), session=self.session,
             make_source=lambda name: open_source(config.cameras[name], self.device.folder),
-            inspectors=partial(inspectors_of, self.device, self.line, name, self._pools.setdefault(name, Pool())),
+            inspectors=partial(inspectors_of, self.device, self.setup, name, self._pools.setdefault(name, Pool())),
             clock_ok=lambda: self._clock.ok,
             watch=self.watchdog.loop, forget=self.watchdog.forget, output=self.outputs.get(name),
         )  # fmt: skip
 
-    def swap(self, line: LineConfig, inspectors: Mapping[str, Inspectors]) -> None:
-        """Judge by other recipes from the next part on; stations and cameras stay as they are."""
-        self.line = line
+    def swap(self, setup: Setup, inspectors: Mapping[str, Inspectors]) -> None:
+        """Judge by other recipes or bundles from the next part on; stations and cameras stay as they are."""
+        self.setup = setup
         for name, station in self.stations.items():
             station.swap(inspectors[name])
 
@@ -178,7 +177,7 @@ class _Line:
             self._told, self._told_s = news, time.monotonic()
             self.broker.retain(told, "health")
         engines = {name: told for station in self.stations.values() for name, told in station.engines.items()}
-        news_of_state = {"engines": engines, "configuration_version": self.line.version}
+        news_of_state = {"engines": engines, "configuration_version": self.setup.line.version}
         if any(getattr(self._state, key) != value for key, value in news_of_state.items()):
             self._state = self._state.model_copy(update=news_of_state)
             self.broker.retain(self._state, "state")
@@ -227,21 +226,21 @@ def run(
         trust = device.path(device.config.remote.trust) if device.config.remote.require_signature else None
         authority = Authority(topics_of(device).device_path, trust)
         configuration = Configuration(device.state / "configuration.json", partial(load_line, device.line_file), authority)
-        updates = Updates(device, configuration, pools, stop)
+        updates = Updates(device, configuration, authority, pools, stop)
         orders: dict[str, tuple[bool, str | None]] = {}
         while not stop.is_set():
             with ExitStack() as stack:
                 try:
-                    current = _Line(device, configuration.line, stack, pools)
+                    current = _Line(device, updates.setup, stack, pools)
                 except InspectorError as error:
-                    if configuration.failed(error):
+                    if updates.failed(error):
                         continue
                     raise
                 for name, station in current.stations.items():
                     if name in orders:
                         station.resume(*orders[name])
                 systemd.notify("READY=1")
-                on_ready(current.line)
+                on_ready(current.setup.line)
                 goes_on = _serve(current, updates, stop, reload, until_ended=until_ended)
                 systemd.notify("RELOADING=1" if goes_on else "STOPPING=1")
                 orders = {name: station.orders for name, station in current.stations.items()}

@@ -7,6 +7,7 @@ InspectorError            what went wrong, and a hint what to do
 ├── BundleError           a bundle is refused
 │   ├── BundleUntrusted   signature missing, wrong, or by a key that is not trusted
 │   ├── BundleDamaged     files missing, extra, changed, or not plain files
+│   ├── SourceUnreachable where it shall be fetched from does not give it, this time
 │   └── BundleUnsupported sound, but not for this version, this date or this runtime
 ├── CameraError           a camera cannot be opened or does not deliver what was set
 │   └── CameraEnded       a recording has no more frames
@@ -79,6 +80,10 @@ class BundleUntrusted(BundleError):
 
 class BundleDamaged(BundleError):
     """Files are missing, extra, changed, or not plain files."""
+
+
+class SourceUnreachable(BundleError):
+    """Where a bundle shall be fetched from does not give it, this time."""
 
 
 class BundleUnsupported(BundleError):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel
 
-from edge_inspector.results import Moment, Reason, Result, Verdict
+from edge_inspector.results import Evidence, Moment, Reason, Result, Verdict
 from edge_inspector.schema import MAX_BYTES, Field, TolerantModel, read_json, validate
 from edge_inspector.signatures import Signature
 
@@ -329,6 +329,70 @@ class ConfigReported(TolerantModel):
     line: dict[str, Any] = Field(description="the document in force, passwords of cameras masked")
 
 
+class BundleDesired(Order):
+    """bundle/{name}/desired, retained: the release of a bundle that a device shall judge with."""
+
+    schema_: Literal["ei.bundle-desired.v1"] = Field("ei.bundle-desired.v1", alias="schema")
+    bundle: PlainId = Field(description="its name, as in the topic")
+    release: int = Field(ge=1, le=MAX_VERSION, description="above every earlier one")
+    source: str = Field(max_length=2048, description="https://server/folder, or the path of a folder on the device")
+    shadow_parts: int = Field(50, ge=0, le=100_000, description="so many parts are judged by both before the trial")
+    shadow_s: int = Field(3600, ge=1, le=7 * 86_400, description="within which they must come")
+    max_disagreements: float = Field(0.1, ge=0, le=1, description="share of these that may be judged differently")
+    max_slower: float = Field(1.5, ge=1, le=100, description="times as long as before that the networks may take")
+    confirm_s: int = Field(
+        3600, ge=1, le=7 * 86_400, description="on trial for so long: without a confirmation it is rolled back"
+    )
+    confirm_parts: int | None = Field(None, ge=20, le=1_000_000, description="confirmed by itself after so many parts on trial")
+    max_fails: float = Field(0.5, gt=0, le=1, description="share of at least 20 parts on trial; more fail: rolled back")
+
+
+class Disagreement(TolerantModel):
+    """A part that two releases judge differently; the ratios are score / threshold."""
+
+    trigger_id: str
+    part_id: str | None = None
+    old: Verdict
+    new: Verdict
+    old_ratio: float | None = None
+    new_ratio: float | None = None
+    evidence: Evidence | None = None
+
+
+class ShadowFacts(TolerantModel):
+    """What came out where both releases judged the same parts."""
+
+    parts: int
+    disagreements: int
+    old_ms: float = Field(description="median time of the networks for one part")
+    new_ms: float
+    latest: tuple[Disagreement, ...] = ()
+
+
+class PhaseFacts(TolerantModel):
+    """Where a rollout stands: fetch, verify, build, samples, shadow."""
+
+    name: str
+    done: int
+    total: int
+
+
+class BundleReported(TolerantModel):
+    """bundle/{name}/reported, retained: which release is in force, and what became of those that were wanted."""
+
+    schema_: Literal["ei.bundle-reported.v1"] = Field("ei.bundle-reported.v1", alias="schema")
+    bundle: str
+    source: Literal["local", "remote"] = Field(description="of what is in force: the device's own folder, or remote")
+    release: int | None = Field(description="in force, as far as that is known")
+    good_release: int | None = Field(description="what a rollback leads to")
+    seen: int = Field(description="releases up to this one are taken")
+    phase: PhaseFacts | None = None
+    shadow: ShadowFacts | None = None
+    trial: TrialFacts | None = None
+    last: AuditEntry | None = None
+    history: tuple[AuditEntry, ...] = ()
+
+
 def signed_bytes(values: dict[str, Any]) -> bytes:
     """What the signature of an order covers: its JSON without `signature`, keys sorted, no spaces, UTF-8 (as in RFC 8785)."""
     rest = {key: value for key, value in values.items() if key != "signature"}
@@ -351,6 +415,8 @@ PUBLISHED: dict[str, type[BaseModel]] = {
     "command": Command,
     "config-desired": ConfigDesired,
     "confirm": Confirm,
+    "bundle-desired": BundleDesired,
+    "bundle-reported": BundleReported,
     "config-reported": ConfigReported,
 }
 M = TypeVar("M", bound=BaseModel)

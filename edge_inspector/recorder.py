@@ -18,12 +18,15 @@ from edge_inspector.errors import OutboxError
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import Frame, Trigger, utc_now
 from edge_inspector.inspector import Inspection
-from edge_inspector.messages import Ready, VerdictMessage
+from edge_inspector.messages import Cause, Ready, VerdictMessage
 from edge_inspector.outbox import Outbox
 from edge_inspector.outputs import Outputs
 from edge_inspector.results import ConfigurationRef, Reason, RecipeRef, Result, Times, Verdict
 
 log = logging.getLogger(__name__)
+
+UNJUDGED_TOLD = 5
+"""Parts in a row that could not be judged although all was ready, at which health says so."""
 
 
 class Voice(Protocol):
@@ -57,8 +60,7 @@ class Recorder:
         """`held_up` waits while the outbox is full; False: give up. Verdicts go nowhere before `voice` is set."""
         self.voice: Voice | None = None
         self.counts = RecordCounts()
-        self.unjudged, self.unjudged_why = 0, ""
-        """Parts in a row that could not be judged although all was ready, and why not the last one."""
+        self._unjudged, self._unjudged_why = 0, ""
         self._station, self._outbox, self._evidence, self._output = station, outbox, evidence, output
         self.configuration = configuration
         self._clock_ok, self._simulated, self._held_up = clock_ok, simulated, held_up
@@ -90,15 +92,22 @@ class Recorder:
             times_ms=times if recipe is not None else Times(total=round(total_ms, 2)),
         )  # fmt: skip
         if verdict is not Verdict.UNDECIDED:
-            self.unjudged = 0
+            self._unjudged = 0
         elif reason not in (Reason.NOT_READY, Reason.INTERRUPTED):
-            self.unjudged, self.unjudged_why = self.unjudged + 1, f"{reason.value}: {detail}"
+            self._unjudged, self._unjudged_why = self._unjudged + 1, f"{reason.value}: {detail}"
         if verdict is not Verdict.PASS:
             self._tell(result, trigger)
         if inspection.views:
             title = f"{self._station}  part {trigger.part_id or trigger.trigger_id}  {verdict.value}"
             result = result.model_copy(update={"evidence": self._evidence.keep(inspection.views, title)})
         self._store(result, trigger)
+
+    def causes(self) -> list[Cause]:
+        """What is wrong with what was found lately."""
+        if self._unjudged < UNJUDGED_TOLD:
+            return []
+        text = f"the last {self._unjudged} parts could not be judged: {self._unjudged_why}"
+        return [Cause(code="nothing_judged", severity="failure", thing=self._station, text=text)]
 
     def _store(self, result: Result, trigger: Trigger) -> None:
         """Hand over to the outbox; while that is full, hold everything up: what is not accepted must not be forgotten."""

@@ -30,6 +30,7 @@ from edge_inspector.outputs import Outputs
 from edge_inspector.recipes import Recipe
 from edge_inspector.recorder import RecordCounts, Recorder, Voice
 from edge_inspector.results import ConfigurationRef, Reason, Verdict
+from edge_inspector.shadow import Shadow
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,6 @@ QUEUE = 256
 """Journalled triggers that wait; more are `undecided: overload` at once."""
 LOST_TOLD = 64
 """Parts lost in one go of a free-running camera that get a result each."""
-UNJUDGED_TOLD = 5
-"""Parts in a row that could not be judged, at which health says so."""
 _WAIT_S = 0.25
 _MATCH_WAIT_S = 0.01
 """An image that is missing becomes known by time, not by an event."""
@@ -80,6 +79,8 @@ class Station:
         """Set once a recording has been judged to its end."""
         self.inspectors: Inspectors | None = None
         """What judges, once the station is ready."""
+        self.shadow: Shadow | None = None
+        """What judges each part a second time, for comparison."""
         self.is_stuck = False
         """Whether its thread did not end when it was left."""
         self.cameras: dict[str, Camera] = {}
@@ -222,9 +223,7 @@ class Station:
             if camera.state is CameraState.FAULT:
                 thing = f"{self.name}/{name}"
                 causes.append(Cause(code="camera_fault", severity="failure", thing=thing, text=camera.fault))
-        if self._recorder.unjudged >= UNJUDGED_TOLD:
-            text = f"the last {self._recorder.unjudged} parts could not be judged: {self._recorder.unjudged_why}"
-            causes.append(Cause(code="nothing_judged", severity="failure", thing=self.name, text=text))
+        causes += self._recorder.causes()
         if self._matcher is not None and time.monotonic() - self._unfitting_s < _LATELY_S:
             counts = self._matcher.counts
             text = f"since the start: {counts.extra} images without a part, {counts.bounced} too soon after another"
@@ -408,6 +407,10 @@ class Station:
             now + timedelta(seconds=left_s), (frame.source_id if frame else "") or None, self._product,
         )  # fmt: skip
 
+    def _has_time(self) -> bool:
+        """Whether nothing waits behind the part at hand."""
+        return self._triggers.empty() and (self._reads_ahead() or not any(c.waiting for c in self.cameras.values()))
+
     def _reads_ahead(self) -> bool:
         info = next(iter(self.cameras.values())).info
         return info is not None and info.pulled
@@ -433,6 +436,8 @@ class Station:
         self._recorder.finish(trigger, inspection, reference, frames, captured_ms)
         if inspection.lost is not None:
             raise inspection.lost
+        if self.shadow is not None and self._has_time():
+            self.shadow.judge(trigger, recipe_id, frames, inspection)
         if self.config.trigger == "software":
             self._tell_ready()
 

@@ -4,47 +4,58 @@ from __future__ import annotations
 
 import logging
 import queue
+import statistics
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
+from edge_inspector import health
 from edge_inspector.broker import Broker
 from edge_inspector.cameras import CameraState
 from edge_inspector.config import Device, LineConfig
-from edge_inspector.errors import InspectorError
+from edge_inspector.errors import EngineError, InspectorError
+from edge_inspector.evidence import EvidenceStore
 from edge_inspector.inspector import Inspectors
-from edge_inspector.messages import Cause
+from edge_inspector.messages import Cause, PhaseFacts
+from edge_inspector.mqtt import Message
 from edge_inspector.remote.configuration import Candidate, Configuration
-from edge_inspector.runtime import Pool
+from edge_inspector.remote.orders import Authority
+from edge_inspector.remote.rollout import RATE_PARTS, Rollout, Wanted
+from edge_inspector.runtime import Engine, Pool
+from edge_inspector.shadow import Comparison, Shadow
 from edge_inspector.station import Station
-from edge_inspector.wiring import inspectors_of
+from edge_inspector.wiring import Setup, inspectors_of
 
 log = logging.getLogger(__name__)
+
+_TIMED = 5
 
 
 class RunningLine(Protocol):
     """The line as far as updates know it."""
 
-    line: LineConfig
+    setup: Setup
     broker: Broker
+    evidence: EvidenceStore
     stations: dict[str, Station]
 
-    def swap(self, line: LineConfig, inspectors: Mapping[str, Inspectors]) -> None:
-        """Judge by other recipes from the next part on."""
+    def swap(self, setup: Setup, inspectors: Mapping[str, Inspectors]) -> None:
+        """Judge by other recipes or bundles from the next part on."""
         ...
 
 
 class Preparation:
-    """Opens everything that a wanted configuration judges with, in a thread of its own, beside what runs."""
+    """Opens everything that a wanted setup judges with, in a thread of its own, beside what runs."""
 
-    def __init__(self, device: Device, candidate: Candidate, pools: dict[str, Pool], stop: threading.Event) -> None:
-        """Begins at once. `stop` ends a build of engines."""
-        self.candidate = candidate
+    def __init__(self, what: Candidate | Wanted, work: Callable[[], dict[str, Inspectors]]) -> None:
+        """Begins at once."""
+        self.what = what
         self.error: InspectorError | None = None
         self.inspectors: dict[str, Inspectors] = {}
-        self._device, self._stop = device, stop
-        self._pools = {name: pools.setdefault(name, Pool()) for name in candidate.line.stations}
-        self._thread = threading.Thread(target=self._run, name="configuration-preparing", daemon=True)
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name="preparing", daemon=True)
         self._thread.start()
 
     @property
@@ -53,36 +64,51 @@ class Preparation:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        line = self.candidate.line
         try:
-            for name, pool in self._pools.items():
-                self.inspectors[name] = inspectors_of(self._device, line, name, pool, self._tell)
+            self.inspectors = self._work()
         except InspectorError as error:
-            self.error = InspectorError(f"station {name}: {error.message}", hint=error.hint)
+            self.error = error
         except Exception as error:
-            log.exception("preparing configuration version %d", line.version)
+            log.exception("preparing an update")
             self.error = InspectorError(f"{type(error).__name__}: {error}")
-
-    def _tell(self, bundle: str, phase: str, step: int, steps: int) -> None:
-        if self._stop.is_set():
-            raise InspectorError(f"stopped while the engine of {bundle} was built ({phase}, {step} of {steps})")
 
 
 class Updates:
     """Takes orders and puts them in force; outlives the lines it changes. Used from the daemon's main thread."""
 
-    def __init__(self, device: Device, configuration: Configuration, pools: dict[str, Pool], stop: threading.Event) -> None:
-        """`pools`: engines by station, shared with the lines."""
-        self._device, self._configuration, self._pools, self._stop = device, configuration, pools, stop
+    def __init__(
+        self, device: Device, configuration: Configuration, authority: Authority, pools: dict[str, Pool], stop: threading.Event
+    ) -> None:
+        """`pools`: engines by station, shared with the lines; `stop` ends what takes long."""
+        self._device, self._configuration, self._authority = device, configuration, authority
+        self._pools, self._stop = pools, stop
+        self._rollouts: dict[str, Rollout] = {}
         self._preparation: Preparation | None = None
-        self._ready: dict[str, Mapping[str, Inspectors]] = {}
-        """What judges, by hash of its configuration: of the one in force and the one that a rollback leads to."""
+        self._comparison: Comparison | None = None
+        self._ready: dict[object, Mapping[str, Inspectors]] = {}
+        """What judges, by its setup: of the one in force, one that is tried, and the one that a rollback leads to."""
+        self._began: tuple[RunningLine | None, dict[str, tuple[int, int]]] = None, {}
+        """Parts passed and failed by each station when the trial of a bundle began on this line."""
         self._unswept = False
         self._refused: list[Cause] = []
 
+    @property
+    def setup(self) -> Setup:
+        """What must be in force."""
+        return self._setup(self._configuration.line)
+
+    def _setup(self, line: LineConfig) -> Setup:
+        found = {name: self._rollout(name).folder for name in sorted(line.bundles)}
+        return Setup(line, {name: folder for name, folder in found.items() if folder is not None})
+
     def causes(self) -> list[Cause]:
-        """What people should know of configurations."""
-        return [*self._refused, *self._configuration.causes()]
+        """What people should know of updates."""
+        told = [cause for rollout in self._rollouts.values() for cause in rollout.trials.causes()]
+        return [*self._refused, *self._configuration.causes(), *told]
+
+    def failed(self, error: InspectorError) -> bool:
+        """The line could not be started; returns whether there is another setup now."""
+        return self._configuration.failed(error)
 
     def read_file(self) -> bool:
         """Take line.yaml again; returns whether it is good."""
@@ -94,51 +120,207 @@ class Updates:
                 Cause(code="configuration_refused", severity="maintenance_required", thing="line.yaml", text=str(error)[:500])
             ]
             return False
-        self._refused, self._unswept = [], True
+        self._refused, self._unswept, self._comparison = [], True, None  # whose stations end; it begins anew
         return True
 
     def step(self, current: RunningLine, failures: set[str]) -> bool:
-        """Do what is due; returns whether the line must be made anew to have the configuration that is to be in force."""
-        configuration, connection = self._configuration, current.broker.connection
+        """Do what is due; returns whether the line must be made anew to have the setup that is to be in force."""
+        self._take_orders(current)
+        self._tick(current, failures)
+        self._prepare(current)
+        self._compare(current)
+        wanted = self.setup
+        anew = not wanted.is_same(current.setup) and not self._swapped(current, wanted)
+        broker = current.broker
+        broker.retain(self._configuration.report(), "config", "reported")
+        for name, rollout in self._rollouts.items():
+            broker.retain(rollout.report(), "bundle", name, "reported")
+        self._sweep(current)
+        return anew
+
+    # --- orders
+
+    def _take_orders(self, current: RunningLine) -> None:
         while True:
             try:
                 order = current.broker.orders.get_nowait()
             except queue.Empty:
-                break
-            configuration.take(current.broker.topics.within(order.topic)[1], order.payload)
-            connection.acknowledge(order.ack)
-        starting = _starting(current) if configuration.line is current.line else {"the configuration"}
-        configuration.trials.tick(failures, connected=connection.connected.is_set(), starting=starting)
-        self._prepare()
-        anew = configuration.line is not current.line and not self._swapped(current, configuration.line)
-        current.broker.retain(configuration.report(), "config", "reported")
-        self._sweep(current)
-        return anew
+                return
+            self._take(current, order)
+            current.broker.connection.acknowledge(order.ack)
 
-    def _prepare(self) -> None:
-        done, wanted = self._preparation, self._configuration.candidate
-        if done is None and wanted is not None:
-            self._preparation = Preparation(self._device, wanted, self._pools, self._stop)
-        elif done is not None and done.is_over:
+    def _take(self, current: RunningLine, order: Message) -> None:
+        levels = current.broker.topics.within(order.topic)
+        if levels[0] == "config":
+            self._configuration.take(levels[1], order.payload, busy=self._busy(self._configuration))
+        elif levels[1] in current.setup.line.bundles or levels[1] in self._rollouts:
+            rollout = self._rollout(levels[1])
+            rollout.take(levels[2], order.payload, busy=self._busy(rollout))
+        else:
+            known = ", ".join(sorted(current.setup.line.bundles))
+            current.broker.refuse("", InspectorError(f"{order.topic}: no station judges with it; bundles here: {known}"))
+
+    def _busy(self, me: Configuration | Rollout | None) -> str:
+        """One thing at a time: what fails is then known to be its fault."""
+        others: list[Configuration | Rollout] = [self._configuration, *self._rollouts.values()]
+        for other in others:
+            if other is not me and (other.candidate is not None or other.trials.trial is not None):
+                return f"{other.trials.what} is being tried: confirm or cancel that first"
+        return ""
+
+    def _rollout(self, name: str) -> Rollout:
+        if name not in self._rollouts:
+            device, remote = self._device, self._device.config.remote
+            self._rollouts[name] = Rollout(
+                name, device.state / "bundles" / name, device.bundles / name, self._authority, trust=device.trust,
+                ca_file=device.path(remote.ca_file),
+            )  # fmt: skip
+        return self._rollouts[name]
+
+    # --- what is wanted, tried beside
+
+    def _prepare(self, current: RunningLine) -> None:
+        done = self._preparation
+        if done is None:
+            self._begin(current)
+        elif done.is_over:
             self._preparation, self._unswept = None, True
-            self._ready[done.candidate.line.reference().hash] = done.inspectors
-            self._configuration.prepared(done.candidate, done.error)
+            self._prepared(current, done)
 
-    def _swapped(self, current: RunningLine, line: LineConfig) -> bool:
-        """Put a configuration in force between two parts, where only recipes differ; returns whether that could be done."""
+    def _begin(self, current: RunningLine) -> None:
+        candidate = self._configuration.candidate
+        if candidate is not None:
+            setup = self._setup(candidate.line)
+            self._preparation = Preparation(candidate, partial(self._opened, setup, self._tell_stop))
+            return
+        for rollout in self._rollouts.values():
+            wanted = rollout.candidate
+            if wanted is not None and self._comparison is None:
+                self._preparation = Preparation(wanted, partial(self._rolled_out, rollout, wanted, current.setup))
+
+    def _opened(self, setup: Setup, tell: Callable[[str, int, int], None]) -> dict[str, Inspectors]:
+        """What each station would judge with; in the thread that prepares."""
+        made = {}
+        for name in setup.line.stations:
+            try:
+                pool = self._pools.setdefault(name, Pool())
+                made[name] = inspectors_of(self._device, setup, name, pool, lambda _, *phase: tell(*phase))
+            except InspectorError as error:
+                raise InspectorError(f"station {name}: {error.message}", hint=error.hint) from error
+        return made
+
+    def _rolled_out(self, rollout: Rollout, wanted: Wanted, setup: Setup) -> dict[str, Inspectors]:
+        """A release fetched, verified, built, its samples judged and timed; in the thread that prepares."""
+
+        def tell(phase: str, done: int, total: int) -> None:
+            if self._stop.is_set() or rollout.candidate is not wanted:
+                raise InspectorError("ended while it was tried")
+            rollout.phase = PhaseFacts(name=phase, done=done, total=total)
+
+        rollout.fetched(wanted, tell, clock_ok=health.clock().ok)
+        tell("build", 0, 1)
+        made = self._opened(setup.with_release(rollout.name, wanted.folder), tell)
+        tell("samples", 1, 1)
+        for name, station in setup.line.stations.items():
+            if rollout.name in made[name].engines:
+                _refuse_late(made[name].engines[rollout.name], name, station.expires_ms)
+        return made
+
+    def _tell_stop(self, phase: str, step: int, steps: int) -> None:
+        if self._stop.is_set():
+            raise InspectorError(f"stopped during {phase}, {step} of {steps}")
+
+    def _prepared(self, current: RunningLine, done: Preparation) -> None:
+        if isinstance(done.what, Candidate):
+            self._ready[self._setup(done.what.line).key] = done.inspectors
+            self._configuration.prepared(done.what, done.error)
+            return
+        rollout = self._rollout(done.what.order.bundle)
+        if rollout.candidate is not done.what:
+            return  # cancelled meanwhile
+        if done.error is not None:
+            rollout.prepared(done.what, done.error)
+            return
+        self._ready[current.setup.with_release(rollout.name, done.what.folder).key] = done.inspectors
+        if not done.what.order.shadow_parts:
+            rollout.prepared(done.what, None)
+            return
+        judging = {name: made for name, made in done.inspectors.items() if rollout.name in made.engines}
+        shadows = {name: Shadow(made, current.evidence) for name, made in judging.items()}
+        for name, shadow in shadows.items():
+            current.stations[name].shadow = shadow
+        self._comparison = Comparison(rollout, done.what, shadows)
+
+    def _compare(self, current: RunningLine) -> None:
+        """Look at what judges beside the release in force."""
+        comparison = self._comparison
+        if comparison is None:
+            return
+        rollout, wanted = comparison.rollout, comparison.wanted
+        cancelled = rollout.candidate is not wanted
+        if not cancelled:
+            rollout.shadow, rollout.phase = comparison.facts(), comparison.phase()
+        if cancelled or comparison.is_over:
+            self._comparison, self._unswept = None, True
+            for station in current.stations.values():
+                station.shadow = None
+            rollout.prepared(wanted, comparison.fault())
+
+    # --- on trial
+
+    def _tick(self, current: RunningLine, failures: set[str]) -> None:
+        """Tell all trials what fails, and confirm a bundle by itself where that was asked for."""
+        connected = current.broker.connection.connected.is_set()
+        starting = _starting(current) if self.setup.is_same(current.setup) else {"the new setup"}
+        self._configuration.trials.tick(failures, connected=connected, starting=starting)
+        for rollout in self._rollouts.values():
+            order = rollout.order
+            if order is None:
+                continue
+            passed, failed = self._judged(current, rollout.name)
+            parts = passed + failed
+            if parts >= RATE_PARTS and failed > order.max_fails * parts:
+                failures = failures | {f"{failed} of {parts} parts fail"}
+            rollout.trials.tick(failures, connected=connected, starting=starting)
+            trial = rollout.trials.trial
+            if trial is not None and order.confirm_parts and parts >= order.confirm_parts and rollout.trials.is_sound:
+                rollout.trials.commit("device", trial, f"by itself, after {parts} parts of which {failed} failed")
+
+    def _judged(self, current: RunningLine, bundle: str) -> tuple[int, int]:
+        """Parts passed and failed by stations that judge with a bundle, since its trial began or the line was made anew."""
+        line, before = self._began
+        sums = [0, 0]
+        for name, station in current.stations.items():
+            if station.inspectors is not None and bundle in station.inspectors.engines:
+                passed, failed = before.get(name, (0, 0)) if line is current else (0, 0)
+                sums[0] += station.counts.passed - passed
+                sums[1] += station.counts.failed - failed
+        return sums[0], sums[1]
+
+    # --- in force
+
+    def _swapped(self, current: RunningLine, wanted: Setup) -> bool:
+        """Put a setup in force between two parts, where stations stay as they are; returns whether that could be done."""
         self._unswept = True
         judging = {name: station.inspectors for name, station in current.stations.items() if station.inspectors is not None}
-        self._ready[current.line.reference().hash] = judging
-        ready = self._ready.get(line.reference().hash, {})
-        if line.stations != current.line.stations or set(ready) != set(line.stations):
+        self._ready[current.setup.key] = judging
+        ready = self._ready.get(wanted.key, {})
+        if wanted.line.stations != current.setup.line.stations or set(ready) != set(wanted.line.stations):
             return False
-        current.swap(line, ready)
+        self._began = current, {name: (s.counts.passed, s.counts.failed) for name, s in current.stations.items()}
+        current.swap(wanted, ready)
         return True
 
     def _sweep(self, current: RunningLine) -> None:
-        """Close engines that nothing can come back to."""
+        """Close engines, and remove releases, that nothing can come back to."""
         settled = all(station.is_settled for station in current.stations.values())
-        if not self._unswept or not settled or self._preparation is not None or self._configuration.trials.trial is not None:
+        if (
+            not self._unswept
+            or not settled
+            or self._preparation is not None
+            or self._comparison is not None
+            or self._busy(None)
+        ):
             return
         self._unswept = False
         self._ready.clear()
@@ -149,6 +331,8 @@ class Updates:
                 pool.close()
             else:
                 pool.keep(tuple(station.inspectors.engines.values()))
+        for rollout in self._rollouts.values():
+            rollout.tidy()
 
 
 def _starting(current: RunningLine) -> set[str]:
@@ -160,3 +344,18 @@ def _starting(current: RunningLine) -> set[str]:
         for camera, opened in station.cameras.items()
         if opened.state is CameraState.CONNECTING
     }
+
+
+def _refuse_late(engine: Engine, station: str, expires_ms: int) -> None:
+    """A network that takes half of the time that a verdict has would make parts late. Raises EngineError."""
+    times = []
+    for _ in range(_TIMED):
+        began = time.perf_counter()
+        engine()
+        times.append((time.perf_counter() - began) * 1e3)
+    needed_ms = statistics.median(times)
+    if needed_ms > expires_ms / 2:
+        raise EngineError(
+            f"its network takes {needed_ms:.0f} ms here; at station {station} a verdict may take {expires_ms} ms in all",
+            hint="train a smaller one: train --latency-ms",
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from edge_inspector import health, preprocess
 from edge_inspector.bundles import Bundle, open_bundle
@@ -15,6 +17,29 @@ from edge_inspector.roi import Roi
 from edge_inspector.runtime import Engine, Pool, Workshop, opened
 
 MAX_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a line judges by: its configuration, and the folders of bundles that were rolled out, by name."""
+
+    line: LineConfig
+    releases: Mapping[str, Path]
+
+    @property
+    def key(self) -> object:
+        """The same for what judges alike."""
+        return self.line.reference().hash, self.line.version, tuple(sorted(self.releases.items()))
+
+    def is_same(self, other: Setup) -> bool:
+        """Whether nothing has to change."""
+        return self.line is other.line and self.releases == other.releases
+
+    def with_release(self, name: str, folder: Path) -> Setup:
+        """The same with another release of one bundle."""
+        return Setup(self.line, {**self.releases, name: folder})
+
+
 TellBuild = Callable[[str, str, int, int], None]
 
 
@@ -59,17 +84,18 @@ def workshop_of(device: Device) -> Workshop:
     return Workshop(device.state / "engines", device.trust, device.config.engine.threads, health.clock().ok)
 
 
-def _pooled(device: Device, line: LineConfig, pool: Pool, tell: TellBuild, name: str) -> Engine:
-    bundle = open_bundle(device.bundles / name, device.trust, clock_ok=health.clock().ok)
-    batch_for = partial(batch_of, bundle, line)
+def _pooled(device: Device, setup: Setup, pool: Pool, tell: TellBuild, name: str) -> Engine:
+    folder = setup.releases.get(name, device.bundles / name)
+    bundle = open_bundle(folder, device.trust, clock_ok=health.clock().ok)
+    batch_for = partial(batch_of, bundle, setup.line)
     key = bundle.sha256, batch_for(device.config.engine.runtime)
     told = partial(tell, name)
     return pool.engine(key, lambda: opened(bundle, device.config.engine, workshop_of(device), batch_for, told))
 
 
-def inspectors_of(device: Device, line: LineConfig, station: str, pool: Pool, tell: TellBuild) -> Inspectors:
+def inspectors_of(device: Device, setup: Setup, station: str, pool: Pool, tell: TellBuild) -> Inspectors:
     """What judges the parts of one station: its bundles verified, its engines open (the pool's, where it has them).
 
     `tell` hears of builds: bundle, phase, step, steps; what it raises ends one. Raises InspectorError.
     """
-    return Inspectors.of(line.stations[station], line, partial(_pooled, device, line, pool, tell))
+    return Inspectors.of(setup.line.stations[station], setup.line, partial(_pooled, device, setup, pool, tell))

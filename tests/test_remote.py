@@ -255,7 +255,7 @@ def test_people_see_the_difference_send_it_and_confirm(tmp_path: Path, mosquitto
     there = ("--device", "plant/line/edge", "--broker", f"127.0.0.1:{mosquitto.port}", "--config", tmp_path / "none.yaml")
     new = tmp_path / "new.yaml"
     new.write_text(line_yaml(LOOPING).replace("bundle: paper", "bundle: paper, threshold: 2.5"))
-    assert "says nothing of its configuration" in edge("remote", "show", *there, code=2)
+    assert "says nothing of configuration" in edge("remote", "show", *there, code=2)
     with listening(mosquitto.port) as listener, DaemonProcess(folder):
         ready(listener)
         assert "version 3" in edge("remote", "show", "--config", folder / "device.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -110,11 +111,13 @@ def score_of(level: int) -> float:
 
 
 def tiny_bundle(
-    folder: Path, *, name: str = "tiny", weight: float = 1.0, threshold: float = 0.5, levels: tuple[int, ...] = (140, 220)
-) -> Bundle:
-    """A signed bundle in folder/NAME, trusted by folder/trust, with a sample of each level."""
+    folder: Path, *, name: str = "tiny", weight: float = 1.0, threshold: float = 0.5, levels: tuple[int, ...] = (140, 220),
+    place: str = "", **manifest: Any,
+) -> Bundle:  # fmt: skip
+    """A signed bundle in folder/PLACE, its name if none is given, trusted by folder/trust, with a sample of each level."""
     samples = {f"sample-{level}.png": (picture(level), score_of(level)) for level in levels}
-    return _signed(folder, name, graph(weight), InputSpec(height=SIDE, width=SIDE), samples, threshold)
+    spec = InputSpec(height=SIDE, width=SIDE)
+    return _signed(folder, name, graph(weight), spec, samples, threshold, place or name, **manifest)
 
 
 def _signed(
@@ -124,19 +127,22 @@ def _signed(
     spec: InputSpec,
     shown: dict[str, tuple[NDArray[np.uint8], float]],
     threshold: float,
+    where: str = "",
+    **more: Any,
 ) -> Bundle:
-    place = folder / name
+    place = folder / (where or name)
     place.mkdir(parents=True, exist_ok=True)
     (place / "network.onnx").write_bytes(network)
     for file, (image, _) in shown.items():
         pictures.write(place / file, image)
     samples = [Sample(file=file, score=score, verdict=judge(score, threshold)[0]) for file, (_, score) in shown.items()]
     trained = TrainedOn(digest="0", pictures=1, height_px=spec.height, width_px=spec.width, depth_bits=8)
-    manifest = Manifest(
-        schema="ei.bundle.v1", name=name, release=1, product="tiny", created_at=utc_now(), network=f"{name}: by hand",
-        input=spec, threshold=threshold, scale=1.0, samples=tuple(samples), training=trained, min_version="0.1.0",
-        calibration=Calibration(n=1, alpha=0.5, confidence=0.5, kept=True, scores=(0.1,)), files=bundles.file_entries(place),
-    )  # fmt: skip
+    manifest = Manifest(**{
+        "schema": "ei.bundle.v1", "name": name, "release": 1, "product": "tiny", "created_at": utc_now(), "input": spec,
+        "network": f"{name}: by hand", "threshold": threshold, "scale": 1.0, "samples": tuple(samples), "training": trained,
+        "min_version": "0.1.0", "calibration": Calibration(n=1, alpha=0.5, confidence=0.5, kept=True, scores=(0.1,)),
+        "files": bundles.file_entries(place), **more,
+    })  # fmt: skip
     bundles.write_manifest(place, manifest)
     key = folder / "keys" / "signing.key"
     if not key.exists():

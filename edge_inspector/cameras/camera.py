@@ -165,6 +165,11 @@ class Camera:
                     return None
                 self._changed.wait(min(left, _WAIT_S))
 
+    @property
+    def waiting(self) -> int:
+        """Frames that nobody has taken yet."""
+        return len(self._frames)
+
     def _is_fresh(self, frame: Frame) -> bool:
         """Whether it was exposed since the trigger, as far as its clock can tell.
 

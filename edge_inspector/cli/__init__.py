@@ -42,6 +42,7 @@ for _offline_verb in (
     app.command()(_offline_verb)
 
 
+app.command()(remote.rollout)
 app.add_typer(remote.app)
 
 

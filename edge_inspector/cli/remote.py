@@ -1,4 +1,4 @@
-"""Verbs for a device's line configuration over MQTT: remote show, diff, set, confirm, cancel, reset."""
+"""Verbs for changes over MQTT: remote show, diff, set, confirm, cancel, reset; rollout."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,12 +18,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from edge_inspector.cli.shown import ConfigOption, JsonOption, err, out, print_json
+from edge_inspector.bundles import MANIFEST, Manifest
+from edge_inspector.cli.shown import ConfigOption, JsonOption, err, out, phases, print_json, progress_bar
 from edge_inspector.config import Device, DeviceConfig, LineConfig, load_device, parse_line, read_document
 from edge_inspector.errors import InspectorError
-from edge_inspector.messages import AuditEntry, ConfigReported
-from edge_inspector.remote.client import Difference, Remote, differences
-from edge_inspector.schema import read_yaml, validate
+from edge_inspector.messages import AuditEntry, BundleDesired, BundleReported, ConfigDesired, ConfigReported
+from edge_inspector.remote.client import CONFIGURATION, Difference, R, Remote, differences
+from edge_inspector.remote.fetch import MAX_MANIFEST_BYTES
+from edge_inspector.schema import read_json, read_yaml, validate
 from edge_inspector.signatures import read_private_key
 
 app = typer.Typer(
@@ -35,26 +38,36 @@ BrokerOption = Annotated[str | None, typer.Option("--broker", help="HOST or HOST
 KeyOption = Annotated[Path | None, typer.Option("--key", help="signs the order; needed where the device requires it")]
 ByOption = Annotated[str | None, typer.Option("--by", help="for the audit trail [user@machine]")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="do not ask")]
+BundleOption = Annotated[str | None, typer.Option("--bundle", help="of this bundle, not of the line configuration")]
+Reported = ConfigReported | BundleReported
 _ANSWER_S = 8.0
 _NOBODY = {"schema": "ei.device.v1", "identity": {"site": "x", "line": "x", "device": "x"}}
 """Where there is no device.yaml: all of it comes from options."""
 _GOOD = ("trial", "committed", "cancelled", "reset")
 
 
-@contextmanager
-def _reached(
-    config: Path, device: str | None, broker: str | None, key: Path | None = None, by: str | None = None
-) -> Iterator[Remote]:
-    """A connection to what the options name. Raises InspectorError."""
-    from edge_inspector.wiring import connection_of, topics_of  # noqa: PLC0415 - loads OpenCV and ONNX Runtime
+@dataclass(frozen=True)
+class Address:
+    """Which device, over which broker, and in whose name."""
 
-    found = _addressed(config, device, broker)
-    name = re.sub(r"[^\x21-\x7e]", "-", by or f"{getpass.getuser()}@{socket.gethostname()}")
-    signer = read_private_key(key) if key is not None else None
-    topics, client = topics_of(found), f"remote-{socket.gethostname()}-{id(found):x}"
-    with connection_of(found, client, Remote.subscriptions(topics)) as connection:
-        connection.connected.wait(_ANSWER_S)
-        yield Remote(connection, topics, by=name, key=signer)
+    config: Path
+    device: str | None
+    broker: str | None
+    key: Path | None = None
+    by: str | None = None
+
+    @contextmanager
+    def reached(self, model: type[R], subject: str) -> Iterator[Remote[R]]:
+        """A connection to it. Raises InspectorError."""
+        from edge_inspector.wiring import connection_of, topics_of  # noqa: PLC0415 - loads OpenCV and ONNX Runtime
+
+        found = _addressed(self.config, self.device, self.broker)
+        name = re.sub(r"[^\x21-\x7e]", "-", self.by or f"{getpass.getuser()}@{socket.gethostname()}")
+        signer = read_private_key(self.key) if self.key is not None else None
+        topics, client = topics_of(found), f"remote-{socket.gethostname()}-{id(found):x}"
+        with connection_of(found, client, Remote.subscriptions(topics, subject)) as connection:
+            connection.connected.wait(_ANSWER_S)
+            yield Remote(connection, topics, model, subject, by=name, key=signer)
 
 
 def _addressed(config: Path, device: str | None, broker: str | None) -> Device:
@@ -81,20 +94,20 @@ def _addressed(config: Path, device: str | None, broker: str | None) -> Device:
 
 def show(
     config: ConfigOption = Path("device.yaml"), device: DeviceOption = None, broker: BrokerOption = None,
-    document: Annotated[bool, typer.Option("--document", help="print the document alone, as JSON: set takes it")] = False,
+    bundle: BundleOption = None,
+    document: Annotated[bool, typer.Option("--document", help="print the line document alone, as JSON: set takes it")] = False,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Which line configuration is in force, what is on trial, and who has changed what."""
-    with _reached(config, device, broker) as remote:
+    """What is in force, what is on trial, and who has changed what."""
+    with _asked(Address(config, device, broker), bundle) as remote:
         told = remote.reported(_ANSWER_S)
-        topics, online = remote.topics, remote.online
-    if document or as_json:
-        print_json(told.line if document else told.model_dump(mode="json", by_alias=True))
+    if as_json or (document and isinstance(told, ConfigReported)):
+        print_json(told.line if document and isinstance(told, ConfigReported) else told.model_dump(mode="json", by_alias=True))
         return
-    if online is False:
+    if remote.online is False:
         err.print("the device is offline: this is what it said last", style="yellow")
-    where = "its own line.yaml" if told.source == "local" else "remote"
-    out.print(f"[bold]{escape(topics.device_path)}[/bold]: version {told.version} ({told.hash}), {where}")
+    where = "the device's own" if told.source == "local" else "remote"
+    out.print(f"[bold]{escape(remote.topics.device_path)}[/bold], {escape(remote.subject)}: version {_version(told)}, {where}")
     _show_trial(told)
     if told.last is not None:
         _show_entry("last order", told.last)
@@ -116,7 +129,7 @@ def diff(
 ) -> None:  # fmt: skip
     """What would change. Exit code 1: something would."""
     _, line = _read(file)
-    with _reached(config, device, broker) as remote:
+    with Address(config, device, broker).reached(ConfigReported, CONFIGURATION) as remote:
         found = _differences(remote.reported(_ANSWER_S), line)
     if as_json:
         print_json([{"path": d.path, "old": d.old, "new": d.new} for d in found])
@@ -134,7 +147,7 @@ def set_(
 ) -> None:  # fmt: skip
     """Send a line configuration: shown, tried beside what runs, then on trial until `remote confirm`; else rolled back."""
     document, line = _read(file)
-    with _reached(config, device, broker, key, by) as remote:
+    with Address(config, device, broker, key, by).reached(ConfigReported, CONFIGURATION) as remote:
         told = remote.reported(_ANSWER_S)
         found = _differences(told, line)
         if not as_json:
@@ -146,7 +159,7 @@ def set_(
         if version != line.version:
             err.print(f"sent as version {version}: versions up to {told.seen} are taken, {file} says {line.version}")
         _ask(f"send it to {remote.topics.device_path}?", yes=yes)
-        remote.desire(document, version, confirm_s)
+        remote.desire(ConfigDesired(by=remote.by, line={**document, "version": version}, confirm_s=confirm_s))
         with err.status("sent; the device tries it beside what runs"):
             told = remote.awaited(lambda now: now.last != told.last and _is_over(now), wait_s)
     _conclude(told, as_json=as_json)
@@ -154,27 +167,28 @@ def set_(
 
 def confirm(
     config: ConfigOption = Path("device.yaml"), device: DeviceOption = None, broker: BrokerOption = None,
-    key: KeyOption = None, by: ByOption = None, as_json: JsonOption = False,
+    bundle: BundleOption = None, key: KeyOption = None, by: ByOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Keep the configuration that is on trial."""
-    _decided(config, device, broker, key, by, "confirm", _on_trial, as_json=as_json)
+    """Keep what is on trial."""
+    _decide(Address(config, device, broker, key, by), bundle, "confirm", as_json=as_json)
 
 
 def cancel(
     config: ConfigOption = Path("device.yaml"), device: DeviceOption = None, broker: BrokerOption = None,
-    key: KeyOption = None, by: ByOption = None, as_json: JsonOption = False,
+    bundle: BundleOption = None, key: KeyOption = None, by: ByOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Take the configuration that is on trial, or being prepared, back at once."""
-    _decided(config, device, broker, key, by, "cancel", _cancellable, as_json=as_json)
+    """Take what is on trial, or being tried, back at once."""
+    _decide(Address(config, device, broker, key, by), bundle, "cancel", as_json=as_json)
 
 
 def reset(
     config: ConfigOption = Path("device.yaml"), device: DeviceOption = None, broker: BrokerOption = None,
-    key: KeyOption = None, by: ByOption = None, yes: YesOption = False, as_json: JsonOption = False,
+    bundle: BundleOption = None, key: KeyOption = None, by: ByOption = None, yes: YesOption = False,
+    as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """From the remote configuration back to the device's own line.yaml."""
-    _ask("put the device's own line.yaml in force again?", yes=yes)
-    _decided(config, device, broker, key, by, "reset", _resettable, as_json=as_json)
+    """From what is remote back to what the device has of its own: its line.yaml, or its bundle."""
+    _ask(f"put the device's own {bundle or 'line.yaml'} in force again?", yes=yes)
+    _decide(Address(config, device, broker, key, by), bundle, "reset", as_json=as_json)
 
 
 for _verb in (show, diff, confirm, cancel, reset):
@@ -182,13 +196,62 @@ for _verb in (show, diff, confirm, cancel, reset):
 app.command("set")(set_)
 
 
-def _decided(
-    config: Path, device: str | None, broker: str | None, key: Path | None, by: str | None,
-    action: Literal["confirm", "cancel", "reset"], version_of: Callable[[ConfigReported], int], *, as_json: bool,
+def rollout(
+    bundle: Annotated[Path, typer.Argument(help="folder of the bundle, as you see it")],
+    source: Annotated[str | None, typer.Option(help="where the device gets it: https://... or a folder there [BUNDLE]")] = None,
+    config: ConfigOption = Path("device.yaml"), device: DeviceOption = None, broker: BrokerOption = None,
+    shadow_parts: Annotated[int, typer.Option(min=0, help="so many parts are judged by both before the trial")] = 50,
+    max_disagreements: Annotated[float, typer.Option(min=0, max=1, help="share of these that may be judged differently")] = 0.1,
+    confirm_s: Annotated[int, typer.Option(min=1, max=604_800, help="on trial for so long, unless confirmed")] = 3600,
+    confirm_parts: Annotated[int | None, typer.Option(min=20, help="confirmed by itself after so many parts on trial")] = None,
+    wait_s: Annotated[float, typer.Option(min=1, help="for the device to come to the trial")] = 7200.0,
+    key: KeyOption = None, by: ByOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    with _reached(config, device, broker, key, by) as remote:
-        told = remote.reported(_ANSWER_S)
-        version = version_of(told)
+    """Bring a release of a bundle to a device: fetched, verified, built, compared with the one in force, then on trial."""
+    manifest = validate(Manifest, read_json(read_document(bundle / MANIFEST), str(bundle), MAX_MANIFEST_BYTES), str(bundle))
+    order = BundleDesired(
+        by="?", bundle=manifest.name, release=manifest.release, source=source or str(bundle.resolve()),
+        shadow_parts=shadow_parts, max_disagreements=max_disagreements, confirm_s=confirm_s, confirm_parts=confirm_parts,
+    )  # fmt: skip
+    with Address(config, device, broker, key, by).reached(BundleReported, f"bundle/{manifest.name}") as remote:
+        before = remote.reported(_ANSWER_S)
+        if order.release <= before.seen:
+            raise InspectorError(
+                f"release {order.release} of {manifest.name}: the device has seen releases up to {before.seen}",
+                hint="give it a higher number: train --release",
+            )
+        remote.desire(order)
+        with progress_bar() as shown:
+            tell = phases(shown)
+
+            def follow(now: BundleReported) -> None:
+                if now.phase is not None and now.phase.total:
+                    tell(now.phase.name, now.phase.done, now.phase.total)
+
+            told = remote.awaited(lambda now: now.last != before.last and _is_over(now), wait_s, follow)
+    if told.shadow is not None and not as_json:
+        shadow = told.shadow
+        out.print(
+            f"compared on {shadow.parts} parts: {shadow.disagreements} judged differently; networks take {shadow.new_ms} ms, "
+            f"those in force {shadow.old_ms} ms"
+        )  # fmt: skip
+    _conclude(told, as_json=as_json)
+
+
+@contextmanager
+def _asked(address: Address, bundle: str | None) -> Iterator[Remote[ConfigReported] | Remote[BundleReported]]:
+    if bundle is None:
+        with address.reached(ConfigReported, CONFIGURATION) as remote:
+            yield remote
+    else:
+        with address.reached(BundleReported, f"bundle/{bundle}") as other:
+            yield other
+
+
+def _decide(address: Address, bundle: str | None, action: Literal["confirm", "cancel", "reset"], *, as_json: bool) -> None:
+    with _asked(address, bundle) as remote:
+        told: Reported = remote.reported(_ANSWER_S)
+        version = {"confirm": _on_trial, "cancel": _cancellable, "reset": _resettable}[action](told)
         with err.status(f"{action} version {version}"):
             for wait_s in (1.0, 2.0, 4.0, 8.0, 0.0):
                 remote.decide(version, action)
@@ -199,22 +262,27 @@ def _decided(
     _conclude(told, as_json=as_json)
 
 
-def _on_trial(told: ConfigReported) -> int:
+def _version(told: Reported) -> int | None:
+    return told.version if isinstance(told, ConfigReported) else told.release
+
+
+def _on_trial(told: Reported) -> int:
     if told.trial is None:
         raise InspectorError("nothing is on trial", hint="edge-inspector remote show tells what became of the last one")
     return told.trial.version
 
 
-def _cancellable(told: ConfigReported) -> int:
+def _cancellable(told: Reported) -> int:
     if told.last is not None and told.last.outcome == "preparing" and told.last.version is not None:
         return told.last.version
     return _on_trial(told)
 
 
-def _resettable(told: ConfigReported) -> int:
-    if told.source == "local":
-        raise InspectorError("the device's own line.yaml is in force already")
-    return told.version
+def _resettable(told: Reported) -> int:
+    version = _version(told)
+    if told.source == "local" or version is None:
+        raise InspectorError("what the device has of its own is in force already")
+    return version
 
 
 def _read(file: Path) -> tuple[dict[str, Any], LineConfig]:
@@ -236,11 +304,13 @@ def _show_differences(found: list[Difference]) -> None:
         out.print(f"{escape(one.path)}:  " + "  ".join(word for word in words if word))
 
 
-def _show_trial(told: ConfigReported) -> None:
+def _show_trial(told: Reported) -> None:
     if told.trial is not None:
+        good = told.good_version if isinstance(told, ConfigReported) else told.good_release
+        option = "" if isinstance(told, ConfigReported) else f" --bundle {told.bundle}"
         out.print(
-            f"on trial until {told.trial.deadline_at:%Y-%m-%d %H:%M:%S} UTC, then version {told.good_version} again, "
-            "unless it is confirmed: edge-inspector remote confirm"
+            f"on trial until {told.trial.deadline_at:%Y-%m-%d %H:%M:%S} UTC, then version {good} again, "
+            f"unless it is confirmed: edge-inspector remote confirm{option}"
         )  # fmt: skip
 
 
@@ -254,11 +324,11 @@ def _show_entry(what: str, entry: AuditEntry) -> None:
         out.print(escape(f"  {fault.path or 'document'}: {fault.problem}{found}{suggestion}"))
 
 
-def _is_over(told: ConfigReported) -> bool:
+def _is_over(told: Reported) -> bool:
     return told.last is not None and told.last.outcome != "preparing"
 
 
-def _conclude(told: ConfigReported, *, as_json: bool) -> None:
+def _conclude(told: Reported, *, as_json: bool) -> None:
     """Say how it ended. Exit code 1: not as wanted."""
     assert told.last is not None
     if as_json:

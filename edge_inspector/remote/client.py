@@ -1,4 +1,4 @@
-"""For people: see a device's line configuration, what would change, and order it, over MQTT."""
+"""For people: see what a device judges by, what would change, and order it, over MQTT."""
 
 from __future__ import annotations
 
@@ -6,16 +6,33 @@ import queue
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Generic, Literal, TypeVar
 
 from edge_inspector import messages, signatures
 from edge_inspector.errors import BrokerError, SchemaError
-from edge_inspector.messages import ConfigDesired, ConfigReported, Confirm, StateMessage, Topics
+from edge_inspector.messages import (
+    BundleDesired,
+    BundleReported,
+    ConfigDesired,
+    ConfigReported,
+    Confirm,
+    Order,
+    StateMessage,
+    Topics,
+)
 from edge_inspector.mqtt import Acknowledged, Connection, Message
 from edge_inspector.signatures import Ed25519PrivateKey
 
+CONFIGURATION = "configuration"
 MAX_REPORT_BYTES = 1 << 18
 _WAIT_S = 0.2
+
+
+R = TypeVar("R", ConfigReported, BundleReported)
+
+
+def _levels(subject: str) -> tuple[str, ...]:
+    return ("config",) if subject == CONFIGURATION else tuple(subject.split("/"))
 
 
 @dataclass(frozen=True)
@@ -36,31 +53,36 @@ def differences(old: object, new: object, path: str = "") -> Iterator[Difference
         yield Difference(path, old, new)
 
 
-class Remote:
-    """One device, as far as its line configuration goes. Needs a connection with `subscriptions`."""
+class Remote(Generic[R]):
+    """One device, as far as one thing goes that may be changed. Needs a connection with `subscriptions`."""
 
-    def __init__(self, connection: Connection, topics: Topics, *, by: str, key: Ed25519PrivateKey | None = None) -> None:
-        """`key` signs orders; `by` stands in the device's audit trail."""
-        self.connection, self.topics, self.by, self._key = connection, topics, by, key
+    def __init__(
+        self, connection: Connection, topics: Topics, model: type[R], subject: str, *, by: str,
+        key: Ed25519PrivateKey | None = None,
+    ) -> None:  # fmt: skip
+        """`subject`: configuration, or bundle/NAME. `key` signs orders; `by` stands in the device's audit trail."""
+        self.connection, self.topics, self.subject, self.by = connection, topics, subject, by
         self.online: bool | None = None
         """Whether the device is there; None: it was never heard of."""
-        self._reported: ConfigReported | None = None
+        self._model: type[R] = model
+        self._key = key
+        self._reported: R | None = None
 
     @staticmethod
-    def subscriptions(topics: Topics) -> tuple[str, ...]:
+    def subscriptions(topics: Topics, subject: str) -> tuple[str, ...]:
         """What the connection must subscribe to."""
-        return topics.of("config", "reported"), topics.of("state")
+        return topics.of(*_levels(subject), "reported"), topics.of("state")
 
-    def reported(self, timeout_s: float) -> ConfigReported:
-        """What the device says of its configuration. Raises BrokerError when it says nothing."""
+    def reported(self, timeout_s: float) -> R:
+        """What the device says of it. Raises BrokerError when it says nothing."""
         return self.awaited(lambda _: True, timeout_s)
 
     def awaited(
         self,
-        is_it: Callable[[ConfigReported], bool],
+        is_it: Callable[[R], bool],
         timeout_s: float,
-        tell: Callable[[ConfigReported], None] = lambda _: None,
-    ) -> ConfigReported:
+        tell: Callable[[R], None] = lambda _: None,
+    ) -> R:
         """Wait until the device reports something; `tell` gets each report on the way. Raises BrokerError after `timeout_s`."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
@@ -69,7 +91,7 @@ class Remote:
                 tell(self._reported)
                 if is_it(self._reported):
                     return self._reported
-        told = "says nothing of its configuration" if self._reported is None else "has not answered"
+        told = f"says nothing of {self.subject}" if self._reported is None else "has not answered"
         told = "is offline, and " + told if self.online is False else told
         raise BrokerError(
             f"{self.topics.device_path} {told} within {timeout_s:g} s (broker {self.connection.endpoint}"
@@ -77,23 +99,20 @@ class Remote:
             hint="does it run, and are site, line and device right? edge-inspector watch shows what it says",
         )
 
-    def desire(self, document: dict[str, Any], version: int, confirm_s: int) -> None:
-        """Order a line configuration, retained, under this version. Raises BrokerError."""
-        order = ConfigDesired(
-            by=self.by, device=self.topics.device_path, line={**document, "version": version}, confirm_s=confirm_s
-        )
+    def desire(self, order: ConfigDesired | BundleDesired) -> None:
+        """Order something, retained. Raises BrokerError."""
         self._send(order, "desired", retain=True)
 
     def decide(self, version: int, action: Literal["confirm", "cancel", "reset"]) -> None:
-        """Confirm or cancel the configuration on trial, or reset to the device's own file. Raises BrokerError."""
-        order = Confirm(by=self.by, device=self.topics.device_path, subject="configuration", version=version, action=action)
-        self._send(order, "confirm", retain=False)
+        """Confirm or cancel what is on trial, or reset to what the device has of its own. Raises BrokerError."""
+        self._send(Confirm(by=self.by, subject=self.subject, version=version, action=action), "confirm", retain=False)
 
-    def _send(self, order: ConfigDesired | Confirm, level: str, *, retain: bool) -> None:
+    def _send(self, order: Order, level: str, *, retain: bool) -> None:
+        order = order.model_copy(update={"by": self.by, "device": self.topics.device_path})
         if self._key is not None:
             values = order.model_dump(mode="json", by_alias=True, exclude_none=True)
             order = order.model_copy(update={"signature": signatures.sign(messages.signed_bytes(values), self._key)})
-        token = self.connection.publish(self.topics.of("config", level), messages.encode(order), retain=retain)
+        token = self.connection.publish(self.topics.of(*_levels(self.subject), level), messages.encode(order), retain=retain)
         end = time.monotonic() + 10.0
         while token is not None and time.monotonic() < end:
             if token in self._receive():
@@ -120,7 +139,7 @@ class Remote:
             if self.topics.within(message.topic) == ("state",):
                 self.online = messages.decode(StateMessage, message.payload, message.topic).online
             else:
-                self._reported = messages.decode(ConfigReported, message.payload, message.topic, MAX_REPORT_BYTES)
+                self._reported = messages.decode(self._model, message.payload, message.topic, MAX_REPORT_BYTES)
         except SchemaError as error:
             raise BrokerError(
                 f"{message.topic}: {error.message}", hint="is the device of another version than this program?"
