@@ -7,6 +7,7 @@ disk as it is; a power cut takes it back to what was last synced for certain.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,26 +51,44 @@ class Schedule:
 
 
 class Disk:
-    """A folder, and what of it is certain to survive a power cut: names by the last fsync of the folder, bytes by their file's."""
+    """A folder, and what of it is certain to survive a power cut: names by the last fsync of their folder, bytes by their file's."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.synced: dict[str, bytes] = {}
         self._bytes: dict[int, bytes] = {}
+        self._names: dict[Path, dict[str, int | None]] = {}
+        """Of each folder: name -> inode; None: a folder."""
         self._fsync = os.fsync
 
     def fsync(self, descriptor: int) -> None:
         """Stands in for os.fsync: does it, and remembers what it is worth."""
         self._fsync(descriptor)
         place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if place == self.folder:
-            self.synced = {path.name: self._bytes.get(path.stat().st_ino, b"") for path in self.folder.iterdir()}
-        elif place.parent == self.folder:
+        if place.is_dir():
+            self._names[place] = {path.name: None if path.is_dir() else path.stat().st_ino for path in place.iterdir()}
+        else:
             self._bytes[place.stat().st_ino] = place.read_bytes()
+
+    def certain(self, folder: Path | None = None) -> dict[Path, bytes]:
+        """Every file that survives."""
+        folder, found = folder or self.folder, dict[Path, bytes]()
+        for name, inode in self._names.get(folder, {}).items():
+            if inode is None:
+                found.update(self.certain(folder / name))
+            else:
+                found[folder / name] = self._bytes.get(inode, b"")
+        return found
 
     def cut(self) -> None:
         """The power goes."""
-        for path in self.folder.iterdir():
-            path.unlink()
-        for name, data in self.synced.items():
-            (self.folder / name).write_bytes(data)
+        left = self.certain()
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        self._bytes, self._names = {}, {}
+        for path, data in left.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        for path in (*self.folder.rglob("*"), self.folder):
+            descriptor = os.open(path, os.O_RDONLY)
+            self.fsync(descriptor)
+            os.close(descriptor)

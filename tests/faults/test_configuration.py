@@ -114,7 +114,7 @@ class World:
     def on_disk(self) -> dict[str, Any]:
         """What survives whatever comes."""
         path = self.disk.folder / STATE
-        data = self.disk.synced.get(STATE) if self.power else path.read_bytes() if path.exists() else None
+        data = self.disk.certain().get(path) if self.power else path.read_bytes() if path.exists() else None
         found: dict[str, Any] = json.loads(data) if data else {}
         return found
 
