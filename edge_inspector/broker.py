@@ -48,7 +48,7 @@ RESULTS_IN_FLIGHT = 15
 """Below what brokers allow one client (20 is common), so that a verdict never waits behind results."""
 REPLAY_RANGE = 500
 REPLAYS = 32
-ORDERS = 64
+ORDERS = 128
 """Remote orders that wait for the daemon; more are not acknowledged, so that the broker delivers them again."""
 ALERT_EXPIRES_S = 3600
 _WAIT_S = 0.25
@@ -375,7 +375,8 @@ class Broker:
         try:
             self.orders.put_nowait(message)
         except queue.Full:
-            self._redeliver_s = time.monotonic() + 2.0
+            if message.ack[2]:  # one of QoS 0 cannot come again
+                self._redeliver_s = time.monotonic() + 2.0
 
     def _redeliver(self) -> None:
         if self._redeliver_s is not None and time.monotonic() > self._redeliver_s:

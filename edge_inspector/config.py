@@ -181,8 +181,8 @@ class CameraConfig(Model):
 
     @property
     def name(self) -> str:
-        """The address for messages, which are published: without user and password."""
-        shown = re.sub(r"((?:user-)?(?:pw|password)=)\S+", r"\1***", re.sub(r"//[^/\s]*@", "//", self.uri))
+        """The address for messages, which are published: user, password and options of streams masked."""
+        shown = re.sub(r"((?:user-)?(?:pw|password)=)\S+", r"\1***", re.sub(r"//[^/\s]*@", "//***@", self.uri))
         return re.sub(r"([?&][^=&]*=)[^&]*", r"\1***", shown) if urlsplit(self.uri).scheme in STREAMS else shown
 
     @field_validator("uri")
@@ -332,12 +332,12 @@ def parse_line(data: object, source: str) -> LineConfig:
     return line
 
 
-def read_document(path: Path) -> bytes:
+def read_document(path: Path, hint: str = "write a first one: edge-inspector init") -> bytes:
     """The bytes of device.yaml or line.yaml. Raises InspectorError."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InspectorError(f"{path}: {error.strerror}", hint="write a first one: edge-inspector init") from error
+        raise InspectorError(f"{path}: {error.strerror}", hint=hint) from error
 
 
 def load_line(path: Path) -> LineConfig:

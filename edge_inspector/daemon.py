@@ -243,10 +243,11 @@ def run(
                 on_ready(current.setup.line)
                 goes_on = _serve(current, updates, stop, reload, until_ended=until_ended)
                 systemd.notify("RELOADING=1" if goes_on else "STOPPING=1")
-                orders = {name: station.orders for name, station in current.stations.items()}
+                orders |= {name: station.orders for name, station in current.stations.items()}
             for name, station in current.stations.items():
                 if station.is_stuck:  # in an engine: that one is not used again, nor closed
                     del pools[name]
+                    updates.forget()
             if not goes_on:
                 return
 

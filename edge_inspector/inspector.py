@@ -13,6 +13,7 @@ from edge_inspector import preprocess, scoring
 from edge_inspector.config import LineConfig, StationConfig
 from edge_inspector.errors import EngineError, EngineLost
 from edge_inspector.frames import Frame, Pixels
+from edge_inspector.messages import EngineState
 from edge_inspector.recipes import Recipe, RoiRecipe, decide
 from edge_inspector.results import (
     MAX_REGIONS,
@@ -235,6 +236,14 @@ class Inspectors:
     engines: Mapping[str, Engine]
     """By bundle."""
     configuration: ConfigurationRef
+
+    @property
+    def states(self) -> dict[str, EngineState]:
+        """What runs each bundle."""
+        return {
+            name: EngineState(runtime=engine.runtime, precision=engine.precision, instead=engine.instead)
+            for name, engine in self.engines.items()
+        }
 
     @classmethod
     def of(cls, station: StationConfig, line: LineConfig, open_engine: Callable[[str], Engine]) -> Inspectors:

@@ -394,7 +394,9 @@ class BundleReported(TolerantModel):
 
 
 def signed_bytes(values: dict[str, Any]) -> bytes:
-    """What the signature of an order covers: its JSON without `signature`, keys sorted, no spaces, UTF-8 (as in RFC 8785)."""
+    """What the signature of an order covers: its JSON without `signature`, keys sorted by code point,
+    no spaces, UTF-8, numbers as Python writes them (1.0, 1e-07).
+    """
     rest = {key: value for key, value in values.items() if key != "signature"}
     return json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 

@@ -110,8 +110,10 @@ class Connection:
         will: Will | None = None,
         password: str | None = None,
         tls: ssl.SSLContext | None = None,
+        durable: bool = True,
     ) -> None:
-        """Nothing is connected before `with`."""
+        """Nothing is connected before `with`. `durable`: the broker keeps for a day what comes while it is away."""
+        self._durable = durable
         self.config, self.client_id = config, client_id
         self.endpoint = f"{config.host}:{config.port}"
         self.events: queue.Queue[Event] = queue.Queue(EVENTS)
@@ -223,9 +225,9 @@ class Connection:
         properties = None
         if self.version == 5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-            properties.SessionExpiryInterval = SESSION_EXPIRY_S
+            properties.SessionExpiryInterval = SESSION_EXPIRY_S if self._durable else 0
             properties.ReceiveMaximum = 100
-        arguments: dict[str, Any] = {"clean_start": False, "properties": properties} if properties else {}
+        arguments: dict[str, Any] = {"clean_start": not self._durable, "properties": properties} if properties else {}
         client.connect(self.config.host, self.config.port, keepalive=self.config.keepalive_s, **arguments)
 
     def _fall_back(self) -> None:
@@ -242,7 +244,7 @@ class Connection:
 
     def _made(self, generation: int) -> paho.Client:
         version = MQTTProtocolVersion(self.version)
-        options: dict[str, Any] = {} if self.version == 5 else {"clean_session": False}
+        options: dict[str, Any] = {} if self.version == 5 else {"clean_session": not self._durable}
         client = paho.Client(
             CallbackAPIVersion.VERSION2, self.client_id, protocol=version, manual_ack=True,
             reconnect_on_failure=False, **options,

@@ -26,7 +26,7 @@ _SHOWN = 60
 class Model(BaseModel):
     """A document or part of one: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TolerantModel(BaseModel):
@@ -78,11 +78,20 @@ def _bounded(data: bytes, source: str, limit: int = MAX_BYTES) -> str:
         raise SchemaError(source, [Fault("", f"not UTF-8 text: {error.reason} at byte {error.start}")]) from error
 
 
+def _sound(values: object, source: str) -> object:
+    r"""Refuse texts that no encoding has (escapes like \ud800): they could be read, and never told to anybody."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise SchemaError(source, [Fault("", "half of a surrogate pair is no text")]) from error
+    return values
+
+
 def read_yaml(data: bytes, source: str) -> object:
     """Parse YAML bytes (at most 64 KB) into plain values. Raises SchemaError."""
     text = _bounded(data, source)
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader made stricter
+        return _sound(yaml.load(text, Loader=_Loader), source)  # noqa: S506 - _Loader is a SafeLoader made stricter
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -108,7 +117,7 @@ def read_json(data: bytes, source: str, limit: int = MAX_BYTES) -> object:
     """Parse JSON bytes (at most 64 KB, unless said otherwise) into plain values. Raises SchemaError."""
     text = _bounded(data, source, limit)
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return _sound(json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant), source)
     except (ValueError, RecursionError) as error:
         raise SchemaError(source, [Fault("", f"not JSON: {error}")]) from error
 
@@ -129,7 +138,7 @@ def _known_keys(annotation: Any, location: tuple[Any, ...]) -> list[str]:
     annotation = _strip(annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         if not location:
-            return list(annotation.model_fields)
+            return [field.alias or name for name, field in annotation.model_fields.items()]
         field = annotation.model_fields.get(str(location[0]))
         return _known_keys(field.annotation, location[1:]) if field else []
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)

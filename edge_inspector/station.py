@@ -89,7 +89,7 @@ class Station:
         self._unfitting, self._unfitting_s = 0, float("-inf")
         self._wake = threading.Event()
         self._wanted: Inspectors | None = None
-        self._product = config.product
+        self._ordered: str | None = None
         self._state, self._why = "preoperational", "starting"
         self._halted = False
         self._building_told_s, self._is_building = 0.0, False
@@ -155,15 +155,12 @@ class Station:
     @property
     def is_settled(self) -> bool:
         """Whether it judges with what it was given last."""
-        return self.inspectors is not None and self._wanted is None
+        return self._wanted is None and (self.inspectors is not None or self._state == "error")
 
     @property
     def engines(self) -> dict[str, EngineState]:
         """What runs each bundle, once the station is ready."""
-        return {
-            name: EngineState(runtime=engine.runtime, precision=engine.precision, instead=engine.instead)
-            for name, engine in (self.inspectors.engines.items() if self.inspectors is not None else ())
-        }
+        return self.inspectors.states if self.inspectors is not None else {}
 
     # --- for the broker
 
@@ -193,7 +190,7 @@ class Station:
                 raise InspectorError(
                     f"station {self.name}: no product {product!r}", hint=f"allowed: {', '.join(self.config.products)}"
                 )
-            self._product = product
+            self._ordered = product
         else:
             raise InspectorError(f"no command {name!r}", hint="allowed: select-product, halt, start")
         log.info("station %s: %s %s by command", self.name, name, product or "")
@@ -202,13 +199,16 @@ class Station:
     @property
     def orders(self) -> tuple[bool, str | None]:
         """What commands have set: halted, product. It outlives a reload, not a restart."""
-        return self._halted, self._product
+        return self._halted, self._ordered
 
     def resume(self, halted: bool, product: str | None) -> None:
         """Take over what commands had set before a reload."""
-        self._halted = halted
-        self._product = product if product in self.config.products else self.config.product
+        self._halted, self._ordered = halted, product
         self._tell_ready()
+
+    @property
+    def _product(self) -> str | None:
+        return self._ordered if self._ordered in self.config.products else self.config.product
 
     def causes(self) -> list[Cause]:
         """What is wrong here."""

@@ -97,8 +97,9 @@ class Updates:
         """What must be in force."""
         return self._setup(self._configuration.line)
 
-    def _setup(self, line: LineConfig) -> Setup:
-        found = {name: self._rollout(name).folder for name in sorted(line.bundles)}
+    def _setup(self, line: LineConfig, *, good: bool = False) -> Setup:
+        rollouts = {name: self._rollout(name) for name in sorted(line.bundles)}
+        found = {name: one.good_folder if good else one.folder for name, one in rollouts.items()}
         return Setup(line, {name: folder for name, folder in found.items() if folder is not None})
 
     def causes(self) -> list[Cause]:
@@ -111,7 +112,10 @@ class Updates:
         return self._configuration.failed(error)
 
     def read_file(self) -> bool:
-        """Take line.yaml again; returns whether it is good."""
+        """Take line.yaml again; returns whether it is in force then."""
+        if self._configuration.is_remote:
+            log.warning("line.yaml is not read: a remote configuration is in force (edge-inspector remote reset)")
+            return False
         try:
             self._configuration.read_file()
         except InspectorError as error:
@@ -125,8 +129,8 @@ class Updates:
 
     def step(self, current: RunningLine, failures: set[str]) -> bool:
         """Do what is due; returns whether the line must be made anew to have the setup that is to be in force."""
-        self._take_orders(current)
         self._tick(current, failures)
+        self._take_orders(current)
         self._prepare(current)
         self._compare(current)
         wanted = self.setup
@@ -146,16 +150,20 @@ class Updates:
                 order = current.broker.orders.get_nowait()
             except queue.Empty:
                 return
-            self._take(current, order)
+            try:
+                self._take(current, order)
+            except (ArithmeticError, TypeError, ValueError) as error:  # never die of a message: it would come again for ever
+                log.exception("order on %s", order.topic)
+                current.broker.refuse("", InspectorError(f"{order.topic}: {error}"))
             current.broker.connection.acknowledge(order.ack)
 
     def _take(self, current: RunningLine, order: Message) -> None:
         levels = current.broker.topics.within(order.topic)
         if levels[0] == "config":
-            self._configuration.take(levels[1], order.payload, busy=self._busy(self._configuration))
+            self._configuration.take(levels[1], order.payload, again=order.retain, busy=self._busy(self._configuration))
         elif levels[1] in current.setup.line.bundles or levels[1] in self._rollouts:
             rollout = self._rollout(levels[1])
-            rollout.take(levels[2], order.payload, busy=self._busy(rollout))
+            rollout.take(levels[2], order.payload, again=order.retain, busy=self._busy(rollout))
         else:
             known = ", ".join(sorted(current.setup.line.bundles))
             current.broker.refuse("", InspectorError(f"{order.topic}: no station judges with it; bundles here: {known}"))
@@ -302,8 +310,9 @@ class Updates:
     def _swapped(self, current: RunningLine, wanted: Setup) -> bool:
         """Put a setup in force between two parts, where stations stay as they are; returns whether that could be done."""
         self._unswept = True
-        judging = {name: station.inspectors for name, station in current.stations.items() if station.inspectors is not None}
-        self._ready[current.setup.key] = judging
+        if all(station.is_settled for station in current.stations.values()):
+            judging = {name: station.inspectors for name, station in current.stations.items()}
+            self._ready[current.setup.key] = {name: made for name, made in judging.items() if made is not None}
         ready = self._ready.get(wanted.key, {})
         if wanted.line.stations != current.setup.line.stations or set(ready) != set(wanted.line.stations):
             return False
@@ -313,26 +322,25 @@ class Updates:
 
     def _sweep(self, current: RunningLine) -> None:
         """Close engines, and remove releases, that nothing can come back to."""
-        settled = all(station.is_settled for station in current.stations.values())
-        if (
-            not self._unswept
-            or not settled
-            or self._preparation is not None
-            or self._comparison is not None
-            or self._busy(None)
-        ):
+        trying = self._preparation is not None or self._comparison is not None
+        if trying or not self._unswept or not all(station.is_settled for station in current.stations.values()):
             return
         self._unswept = False
-        self._ready.clear()
+        good = self._setup(self._configuration.good_line, good=True)
+        self._ready = {key: made for key, made in self._ready.items() if key in (good.key, self.setup.key)}
         for name, pool in list(self._pools.items()):
             station = current.stations.get(name)
-            if station is None or station.inspectors is None:
+            judging = [*(made[name] for made in self._ready.values() if name in made)]
+            judging += [station.inspectors] if station is not None and station.inspectors is not None else []
+            pool.keep([engine for made in judging for engine in made.engines.values()])
+            if station is None and not judging:
                 del self._pools[name]
-                pool.close()
-            else:
-                pool.keep(tuple(station.inspectors.engines.values()))
         for rollout in self._rollouts.values():
             rollout.tidy()
+
+    def forget(self) -> None:
+        """An engine is stuck: none of those that are open is to be swapped in."""
+        self._ready.clear()
 
 
 def _starting(current: RunningLine) -> set[str]:
@@ -342,7 +350,7 @@ def _starting(current: RunningLine) -> set[str]:
         f"{name}/{camera}"
         for name, station in current.stations.items()
         for camera, opened in station.cameras.items()
-        if opened.state is CameraState.CONNECTING
+        if opened.state is CameraState.CONNECTING or (station.config.trigger == "free" and not opened.has_delivered)
     }
 
 

@@ -49,14 +49,16 @@ def topics_of(device: Device) -> Topics:
     return Topics(identity.site, identity.line, identity.device)
 
 
-def connection_of(device: Device, client_id: str, subscriptions: tuple[str, ...] = (), will: Will | None = None) -> Connection:
+def connection_of(
+    device: Device, client_id: str, subscriptions: tuple[str, ...] = (), will: Will | None = None, *, durable: bool = True
+) -> Connection:
     """A connection to the device's broker, not entered yet. Raises BrokerError for unreadable credentials."""
     broker = device.config.broker
     tls = None
     if broker.tls is not None:
         tls = tls_context(*(device.path(name) for name in (broker.tls.ca_file, broker.tls.cert_file, broker.tls.key_file)))
     password = read_password(device.path(broker.password_file))
-    return Connection(broker, client_id, subscriptions=subscriptions, will=will, password=password, tls=tls)
+    return Connection(broker, client_id, subscriptions=subscriptions, will=will, password=password, tls=tls, durable=durable)
 
 
 def batch_of(bundle: Bundle, line: LineConfig, runtime: str) -> int:

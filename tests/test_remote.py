@@ -169,7 +169,10 @@ def test_stations_may_change_too_and_what_fails_on_trial_is_rolled_back(tmp_path
         want(listener, document(5, cameras={"top": {"uri": "dir:///nowhere"}}))
         outcome(listener, "trial")
         decide(listener, 5, "confirm")
-        until(lambda: "not yet running" in reported(listener)["last"]["reason"], what="a confirmation that comes too early")
+        until(
+            lambda: reported(listener)["last"]["outcome"] in ("too_early", "refused"),
+            what="a confirmation that comes too early",
+        )
         until(lambda: any(c["code"] == "camera_fault" for c in listener.of("health")[-1]["reasons"]), what="the fault")
         decide(listener, 5, "confirm")
         until(lambda: "camera_fault" in reported(listener)["last"]["reason"], what="a refused confirmation")
@@ -264,7 +267,7 @@ def test_people_see_the_difference_send_it_and_confirm(tmp_path: Path, mosquitto
         assert "nobody is there to answer" in edge("remote", "set", new, *there, code=2)
         assert "nothing is on trial" in edge("remote", "confirm", *there, code=2)
         told = edge("remote", "set", new, *there, "--yes", "--by", "anna@office")
-        assert "sent as version 4" in told
+        assert "goes as version 4" in told
         assert "edge-inspector remote confirm" in told
         assert "committed" in edge("remote", "confirm", *there)
         assert "nothing would change" in edge("remote", "set", new, *there, "--yes")
@@ -284,3 +287,50 @@ def test_people_see_the_difference_send_it_and_confirm(tmp_path: Path, mosquitto
         history = edge("remote", "show", *there)
         assert "anna@office" in history
         assert "rejected" in history
+
+
+HOSTILE = (
+    b'{"by":"\\ud800"}', b'{"by":"a\\u001b[2Jb","line":{}}', b'{"by":"x","line":{"schema":"\\udfff"}}', b'{"by":{},"line":[]}',
+    b"[" * 30_000, b'{"by":"x","line":{"version":1e999}}', b"null", b'{"by":"x","confirm_s":-1,"line":{}}',
+)  # fmt: skip
+
+
+def test_a_hostile_order_that_the_broker_keeps_never_ends_the_daemon(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml(LOOPING))
+    with listening(mosquitto.port) as listener, DaemonProcess(folder) as daemon:
+        ready(listener)
+        for payload in HOSTILE:
+            for levels in (
+                ("config", "desired"),
+                ("config", "confirm"),
+                ("bundle", "paper", "desired"),
+                ("bundle", "paper", "confirm"),
+            ):
+                listener.connection.publish(
+                    "/".join(("ei/v1/plant/line/edge", *levels)), payload, retain=levels[-1] == "desired"
+                )
+            daemon.stop()
+            told = len(listener.of("config", "reported"))
+            daemon.start()
+            until(lambda before=told: len(listener.of("config", "reported")) > before, what="a report")  # type: ignore[misc]
+        until(lambda: listener.of("ready", "sheet")[-1]["ready"], what="ready again")
+        assert (reported(listener)["version"], reported(listener)["source"], reported(listener)["seen"]) == (3, "local", 3)
+        assert all(c.isprintable() for c in json.dumps(reported(listener), ensure_ascii=False))
+        assert "Traceback" not in daemon.log
+
+
+def test_a_halt_and_a_product_outlive_a_trial_without_their_station(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml(LOOPING))
+    with listening(mosquitto.port) as listener, DaemonProcess(folder):
+        ready(listener)
+        listener.say({"request_id": "1", "client": "hmi", "station": "sheet"}, "command", "halt")
+        until(lambda: listener.of("ready", "sheet")[-1]["state"] == "halted", what="halted")
+        other = document(4)
+        other["stations"]["renamed"] = other["stations"].pop("sheet")
+        want(listener, other)
+        until(lambda: any(r["ready"] for r in listener.of("ready", "renamed")), what="the other station")
+        decide(listener, 4, "cancel")
+        outcome(listener, "cancelled")
+        until(lambda: listener.of("ready", "sheet")[-1]["reason"] != "stopped", what="the station is back")
+        time.sleep(1.0)
+        assert listener.of("ready", "sheet")[-1]["state"] == "halted"

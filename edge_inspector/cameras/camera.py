@@ -105,6 +105,8 @@ class Camera:
         self._on_frame = on_frame
         self.state, self.fault, self.hint = CameraState.CONNECTING, "", ""
         self.info: Info | None = None
+        self.has_delivered = False
+        """Whether a frame has come since it was opened."""
         self.counts = CameraCounts()
         self._frames: deque[Frame] = deque()
         self._changed = threading.Condition()
@@ -229,7 +231,7 @@ class Camera:
 
     def _supervise(self, source: Source) -> None:
         info = source.open()
-        self.info = info
+        self.info, self.has_delivered = info, False
         guard = _Guard(self.config.guards, info)
         self._become(CameraState.STREAMING)
         if info.triggerable and self.on_demand:
@@ -300,6 +302,7 @@ class Camera:
     def _deliver(self, frame: Frame, guard: _Guard, info: Info) -> None:
         if not frame.fault and (found := guard.fault(frame)):
             frame = replace(frame, fault=found[0].value, fault_detail=found[1])
+        self.has_delivered = True
         self.counts.frames += 1
         self.counts.lost += frame.lost
         self.counts.broken += bool(frame.fault)

@@ -293,7 +293,7 @@ def watch(
         told[levels] = line
 
     end = time.monotonic() + (seconds or float("inf"))
-    with connection_of(device, client, (*Subscriber.subscriptions(topics, client), *others)) as connection:
+    with connection_of(device, client, (*Subscriber.subscriptions(topics, client), *others), durable=False) as connection:
         if not connection.connected.wait(6.0):
             err.print(f"no broker yet: {connection.refusal or connection.endpoint}; waiting", style="yellow")
         subscriber = Subscriber(connection, topics, client=client, state=state, start=begin, on_other=other)

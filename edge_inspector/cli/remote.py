@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,9 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="do not ask")]
 BundleOption = Annotated[str | None, typer.Option("--bundle", help="of this bundle, not of the line configuration")]
 Reported = ConfigReported | BundleReported
 _ANSWER_S = 8.0
+_STAYS = (
+    "the order stays at the broker: the device takes it when it can; edge-inspector remote show tells, remote cancel ends it"
+)
 _NOBODY = {"schema": "ei.device.v1", "identity": {"site": "x", "line": "x", "device": "x"}}
 """Where there is no device.yaml: all of it comes from options."""
 _GOOD = ("trial", "committed", "cancelled", "reset")
@@ -62,19 +66,24 @@ class Address:
         from edge_inspector.wiring import connection_of, topics_of  # noqa: PLC0415 - loads OpenCV and ONNX Runtime
 
         found = _addressed(self.config, self.device, self.broker)
-        name = re.sub(r"[^\x21-\x7e]", "-", self.by or f"{getpass.getuser()}@{socket.gethostname()}")
+        name = re.sub(r"[^\x21-\x7e]", "-", self.by or f"{_user()}@{socket.gethostname()}")[:128]
         signer = read_private_key(self.key) if self.key is not None else None
         topics, client = topics_of(found), f"remote-{socket.gethostname()}-{id(found):x}"
-        with connection_of(found, client, Remote.subscriptions(topics, subject)) as connection:
-            connection.connected.wait(_ANSWER_S)
+        with connection_of(found, client, Remote.subscriptions(topics, subject), durable=False) as connection:
             yield Remote(connection, topics, model, subject, by=name, key=signer)
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in containers
+        return f"user-{os.getuid()}"
+
+
 def _addressed(config: Path, device: str | None, broker: str | None) -> Device:
-    if config.exists() or not (device and broker):
-        found = load_device(config)
-    else:
-        found = Device(validate(DeviceConfig, _NOBODY, "options"), Path())
+    if not config.exists() and not (device and broker):
+        raise InspectorError(f"{config}: no such file", hint="name it with --config, or give --device and --broker")
+    found = load_device(config) if config.exists() else Device(validate(DeviceConfig, _NOBODY, "options"), Path())
     changes: dict[str, Any] = {}
     if device is not None:
         levels = device.split("/")
@@ -84,7 +93,7 @@ def _addressed(config: Path, device: str | None, broker: str | None) -> Device:
             )
         changes["identity"] = dict(zip(("site", "line", "device"), levels, strict=True))
     if broker is not None:
-        host, _, port = broker.partition(":")
+        host, _, port = broker.partition(":") if broker.count(":") < 2 else (broker.strip("[]"), "", "")
         if port and not port.isdigit():
             raise InspectorError(f"--broker {broker}: HOST or HOST:PORT is expected")
         changes["broker"] = {**found.config.broker.model_dump(exclude_none=True), "host": host, "port": int(port or 1883)}
@@ -135,6 +144,8 @@ def diff(
         print_json([{"path": d.path, "old": d.old, "new": d.new} for d in found])
     else:
         _show_differences(found)
+        if not found:
+            err.print("no difference, but for what is masked")
     raise typer.Exit(1 if found else 0)
 
 
@@ -150,18 +161,24 @@ def set_(
     with Address(config, device, broker, key, by).reached(ConfigReported, CONFIGURATION) as remote:
         told = remote.reported(_ANSWER_S)
         found = _differences(told, line)
+        same = line.model_copy(update={"version": told.version}).reference().hash == told.hash
         if not as_json:
             _show_differences(found)
-        if not found:
+            if not found and not same:
+                out.print("what differs is masked: a user, a password or an option of a stream")
+        if same:
             err.print(f"nothing would change: version {told.version} says the same")
+            if as_json:
+                print_json(told.model_dump(mode="json", by_alias=True))
             return
         version = max(line.version, told.seen + 1)
         if version != line.version:
-            err.print(f"sent as version {version}: versions up to {told.seen} are taken, {file} says {line.version}")
+            err.print(f"goes as version {version}: versions up to {told.seen} are taken, {file} says {line.version}")
+        _warn_offline(remote.online)
         _ask(f"send it to {remote.topics.device_path}?", yes=yes)
         remote.desire(ConfigDesired(by=remote.by, line={**document, "version": version}, confirm_s=confirm_s))
         with err.status("sent; the device tries it beside what runs"):
-            told = remote.awaited(lambda now: now.last != told.last and _is_over(now), wait_s)
+            told = remote.awaited(_answer_to(told, version, remote.by), wait_s, hint=_STAYS)
     _conclude(told, as_json=as_json)
 
 
@@ -208,7 +225,11 @@ def rollout(
     key: KeyOption = None, by: ByOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Bring a release of a bundle to a device: fetched, verified, built, compared with the one in force, then on trial."""
-    manifest = validate(Manifest, read_json(read_document(bundle / MANIFEST), str(bundle), MAX_MANIFEST_BYTES), str(bundle))
+    manifest = validate(
+        Manifest,
+        read_json(read_document(bundle / MANIFEST, "the folder of a bundle is expected"), str(bundle), MAX_MANIFEST_BYTES),
+        str(bundle),
+    )
     order = BundleDesired(
         by="?", bundle=manifest.name, release=manifest.release, source=source or str(bundle.resolve()),
         shadow_parts=shadow_parts, max_disagreements=max_disagreements, confirm_s=confirm_s, confirm_parts=confirm_parts,
@@ -220,6 +241,7 @@ def rollout(
                 f"release {order.release} of {manifest.name}: the device has seen releases up to {before.seen}",
                 hint="give it a higher number: train --release",
             )
+        _warn_offline(remote.online)
         remote.desire(order)
         with progress_bar() as shown:
             tell = phases(shown)
@@ -228,7 +250,7 @@ def rollout(
                 if now.phase is not None and now.phase.total:
                     tell(now.phase.name, now.phase.done, now.phase.total)
 
-            told = remote.awaited(lambda now: now.last != before.last and _is_over(now), wait_s, follow)
+            told = remote.awaited(_answer_to(before, order.release, remote.by), wait_s, follow, _STAYS)
     if told.shadow is not None and not as_json:
         shadow = told.shadow
         out.print(
@@ -255,7 +277,7 @@ def _decide(address: Address, bundle: str | None, action: Literal["confirm", "ca
         with err.status(f"{action} version {version}"):
             for wait_s in (1.0, 2.0, 4.0, 8.0, 0.0):
                 remote.decide(version, action)
-                told = remote.awaited(lambda now, before=told: now.last != before.last, 3 * _ANSWER_S)  # type: ignore[misc]
+                told = remote.awaited(_answer_to(told, version, remote.by, any_version=action == "reset"), 3 * _ANSWER_S)
                 if told.last is None or told.last.outcome != "too_early":
                     break
                 time.sleep(wait_s)
@@ -286,7 +308,7 @@ def _resettable(told: Reported) -> int:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], LineConfig]:
-    values = read_yaml(read_document(file), str(file))
+    values = read_yaml(read_document(file, "a line.yaml, or JSON, is expected"), str(file))
     line = parse_line(values, str(file))
     assert isinstance(values, dict)
     return values, line
@@ -324,8 +346,21 @@ def _show_entry(what: str, entry: AuditEntry) -> None:
         out.print(escape(f"  {fault.path or 'document'}: {fault.problem}{found}{suggestion}"))
 
 
-def _is_over(told: Reported) -> bool:
-    return told.last is not None and told.last.outcome != "preparing"
+def _answer_to(before: Reported, version: int, by: str, *, any_version: bool = False) -> Callable[[Reported], bool]:
+    """Whether a report tells what became of our order; others may give some at the same time."""
+
+    def is_it(now: Reported) -> bool:
+        last = now.last
+        if last is None or last == before.last or last.outcome == "preparing":
+            return False
+        return last.version == version or (last.by == by and (any_version or last.version is None))
+
+    return is_it
+
+
+def _warn_offline(online: bool | None) -> None:
+    if online is False:
+        err.print("the device is offline: the order waits at the broker until it is back", style="yellow")
 
 
 def _conclude(told: Reported, *, as_json: bool) -> None:

@@ -21,11 +21,14 @@ from edge_inspector.messages import (
     Topics,
 )
 from edge_inspector.mqtt import Acknowledged, Connection, Message
+from edge_inspector.schema import MAX_BYTES
 from edge_inspector.signatures import Ed25519PrivateKey
 
 CONFIGURATION = "configuration"
 MAX_REPORT_BYTES = 1 << 18
-_WAIT_S = 0.2
+_WAIT_S, _CONNECT_S = 0.2, 8.0
+_CONFIRM_EXPIRES_S = 60.0
+"""A confirmation must not wait for a device that comes back: what it was about may have changed."""
 
 
 R = TypeVar("R", ConfigReported, BundleReported)
@@ -74,16 +77,20 @@ class Remote(Generic[R]):
         return topics.of(*_levels(subject), "reported"), topics.of("state")
 
     def reported(self, timeout_s: float) -> R:
-        """What the device says of it. Raises BrokerError when it says nothing."""
-        return self.awaited(lambda _: True, timeout_s)
+        """What the device says of it, and whether it is there. Raises BrokerError when it says nothing."""
+        return self.awaited(lambda _: self.online is not None, timeout_s)
 
     def awaited(
         self,
         is_it: Callable[[R], bool],
         timeout_s: float,
         tell: Callable[[R], None] = lambda _: None,
+        hint: str = "does it run, and are site, line and device right? edge-inspector watch shows what it says",
     ) -> R:
         """Wait until the device reports something; `tell` gets each report on the way. Raises BrokerError after `timeout_s`."""
+        if not self.connection.connected.wait(min(timeout_s, _CONNECT_S)):
+            refusal = self.connection.refusal or self.connection.endpoint
+            raise BrokerError(f"no broker: {refusal}", hint="--broker, or broker: in device.yaml, says where it is")
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             self._receive()
@@ -93,11 +100,7 @@ class Remote(Generic[R]):
                     return self._reported
         told = f"says nothing of {self.subject}" if self._reported is None else "has not answered"
         told = "is offline, and " + told if self.online is False else told
-        raise BrokerError(
-            f"{self.topics.device_path} {told} within {timeout_s:g} s (broker {self.connection.endpoint}"
-            f"{': ' + self.connection.refusal if self.connection.refusal else ''})",
-            hint="does it run, and are site, line and device right? edge-inspector watch shows what it says",
-        )
+        raise BrokerError(f"{self.topics.device_path} {told} within {timeout_s:g} s", hint=hint)
 
     def desire(self, order: ConfigDesired | BundleDesired) -> None:
         """Order something, retained. Raises BrokerError."""
@@ -112,7 +115,11 @@ class Remote(Generic[R]):
         if self._key is not None:
             values = order.model_dump(mode="json", by_alias=True, exclude_none=True)
             order = order.model_copy(update={"signature": signatures.sign(messages.signed_bytes(values), self._key)})
-        token = self.connection.publish(self.topics.of(*_levels(self.subject), level), messages.encode(order), retain=retain)
+        payload = messages.encode(order)
+        if len(payload) > MAX_BYTES:
+            raise BrokerError(f"the order has {len(payload)} bytes, {MAX_BYTES} may be sent", hint="shorten the document")
+        topic, expires_s = self.topics.of(*_levels(self.subject), level), None if retain else _CONFIRM_EXPIRES_S
+        token = self.connection.publish(topic, payload, retain=retain, expires_s=expires_s)
         end = time.monotonic() + 10.0
         while token is not None and time.monotonic() < end:
             if token in self._receive():

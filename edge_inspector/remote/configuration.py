@@ -86,25 +86,25 @@ class Configuration:
         reference, trials = self.line.reference(), self.trials
         return ConfigReported(
             source="remote" if self.is_remote else "local", version=reference.version, hash=reference.hash,
-            good_version=self._line_of(trials.state.good).version, seen=self.seen, trial=trials.facts(), last=trials.last,
+            good_version=self.good_line.version, seen=self.seen, trial=trials.facts(), last=trials.last,
             history=trials.state.history[-TOLD:], line=self.line.document(masked=True),
         )  # fmt: skip
 
     # --- orders
 
-    def take(self, kind: str, payload: bytes, *, busy: str = "") -> None:
+    def take(self, kind: str, payload: bytes, *, again: bool = False, busy: str = "") -> None:
         """Carry out an order that came over MQTT: `desired` or `confirm`. What is wrong with it is reported, never raised.
 
-        `busy`: why nothing new can be begun now.
+        `again`: the broker had kept it, and delivers it on every connection. `busy`: why nothing new can be begun now.
         """
         digest = hashlib.sha256(payload).hexdigest()
-        if not payload or (kind == "desired" and digest == self._answered):
-            return  # cleared; or delivered again, as a retained message is on every connection
+        if not payload or (again and digest == self._answered):
+            return
         by = "unknown"
         try:
             values, by = self._authority.read(payload, f"config/{kind}")
             if kind == "desired":
-                self._desired(self._authority.checked(ConfigDesired, values), busy)
+                self._desired(self._authority.checked(ConfigDesired, values), busy, again=again)
                 self._answered = digest
             else:
                 self._confirm(self._authority.checked(Confirm, values, WHAT))
@@ -112,21 +112,23 @@ class Configuration:
             self._answered = digest if kind == "desired" else self._answered
             self.trials.note(by, "rejected", "not as it should be", faults=error.faults)
         except InspectorError as error:
-            self.trials.note(by, "refused", error.message)
+            self.trials.note(by, "refused", str(error))
 
-    def _desired(self, order: ConfigDesired, busy: str) -> None:
+    def _desired(self, order: ConfigDesired, busy: str, *, again: bool) -> None:
         line = parse_line(order.line, "config/desired")
         _refuse_masked(line)
         version, digest = line.version, line.reference().hash
         if self.trials.knows(version, digest) or line.reference() == self.line.reference():
+            if not again:
+                self.trials.note(order.by, "stale", "this very one was decided on before", version, digest)
             return
         seen = max(self.seen, self.candidate.line.version if self.candidate is not None else 0)
         if version <= seen:
             self.trials.note(order.by, "stale", f"versions up to {seen} are taken", version, digest)
             return
-        if order.confirm_s == 0 and line.stations != self.line.stations:
-            problem = "0 is for changes of recipes only; this one changes stations or cameras"
-            raise SchemaError("config/desired", [Fault("confirm_s", problem)])
+        self.trials.refuse_leap(version)
+        if order.confirm_s == 0:
+            self._refuse_untried(line)
         if busy:
             raise InspectorError(busy)
         if self.trials.attempt(order.by, version, digest):
@@ -145,6 +147,7 @@ class Configuration:
             if candidate.confirm_s:
                 self.trials.begin(kept, candidate.confirm_s, self._good())
             else:
+                self._refuse_untried(candidate.line)
                 self.trials.commit(kept.by, kept, "without a trial")
             held = {one.hash for one in (self.trials.trial, self.trials.state.good) if one is not None}
             self._lines = {
@@ -152,6 +155,17 @@ class Configuration:
             }
         except InspectorError as refusal:
             self.trials.reject(kept.by, kept.version, kept.hash, refusal.message)
+
+    def _refuse_untried(self, line: LineConfig) -> None:
+        """Without a trial nothing but recipes may differ from what is good. Raises SchemaError."""
+        if line.stations != self.good_line.stations:
+            problem = "0 is for changes of recipes only; this one changes stations or cameras"
+            raise SchemaError("config/desired", [Fault("confirm_s", problem)])
+
+    @property
+    def good_line(self) -> LineConfig:
+        """What a rollback leads to."""
+        return self._line_of(self.trials.state.good)
 
     def _good(self) -> Kept:
         """What a rollback leads to, as it is now."""
@@ -192,11 +206,7 @@ class Configuration:
         return True
 
     def read_file(self) -> None:
-        """Take line.yaml again, as it is now. Raises SchemaError or InspectorError; then nothing has changed."""
-        if self.is_remote:
-            raise InspectorError(
-                f"line.yaml is not read: remote version {self.line.version} is in force", hint="edge-inspector remote reset"
-            )
+        """Take line.yaml again, as it is now, where it is in force. Raises InspectorError; then nothing has changed."""
         file = self._load_file()
         if self.trials.state.good is not None:
             self.trials.save(good=None, seen=self.seen)

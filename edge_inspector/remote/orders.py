@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ class Authority:
         values = read_json(payload, topic)
         if not isinstance(values, dict):
             raise SchemaError(topic, [Fault("", "an object is expected")])
-        return values, str(values.get("by", "unknown"))[:_SHOWN]
+        return values, re.sub(r"[^\x21-\x7e]", "-", str(values.get("by", "unknown")))[:_SHOWN]
 
     def checked(self, model: type[O], values: dict[str, Any], subject: str = "") -> O:
         """An order that is meant for this device and signed as it must be; a confirmation also for this subject.
@@ -42,6 +43,8 @@ class Authority:
             raise InspectorError(f"for {named}, this is {subject}")
         if self.trust is not None:
             if order.signature is None or not order.device or named != subject:
-                raise SignatureError("not signed for this device and purpose, which device.yaml requires")
+                raise SignatureError(
+                    "not signed for this device and purpose, which device.yaml requires", hint="sign it: --key"
+                )
             signatures.verify(order.signature, messages.signed_bytes(values), signatures.trusted_keys(self.trust))
         return order

@@ -64,6 +64,12 @@ class Rollout:
         return self._place(kept.version) if kept is not None and kept.source == "remote" else None
 
     @property
+    def good_folder(self) -> Path | None:
+        """Where the release lies that a rollback leads to; None: the device's own."""
+        good = self.trials.state.good
+        return self._place(good.version) if good is not None and good.source == "remote" else None
+
+    @property
     def order(self) -> BundleDesired | None:
         """Of the release on trial."""
         trial = self.trials.trial
@@ -87,18 +93,18 @@ class Rollout:
 
     # --- orders
 
-    def take(self, kind: str, payload: bytes, *, busy: str = "") -> None:
+    def take(self, kind: str, payload: bytes, *, again: bool = False, busy: str = "") -> None:
         """Carry out an order that came over MQTT: `desired` or `confirm`. What is wrong with it is reported, never raised.
 
-        `busy`: why nothing new can be begun now.
+        `again`: the broker had kept it, and delivers it on every connection. `busy`: why nothing new can be begun now.
         """
         digest, by = hashlib.sha256(payload).hexdigest(), "unknown"
-        if not payload or (kind == "desired" and digest == self._answered):
-            return  # cleared; or delivered again, as a retained message is on every connection
+        if not payload or (again and digest == self._answered):
+            return
         try:
             values, by = self._authority.read(payload, f"bundle/{self.name}/{kind}")
             if kind == "desired":
-                self._desired(self._authority.checked(BundleDesired, values), busy)
+                self._desired(self._authority.checked(BundleDesired, values), busy, again=again)
                 self._answered = digest
             else:
                 self._confirm(self._authority.checked(Confirm, values, f"bundle/{self.name}"))
@@ -106,18 +112,21 @@ class Rollout:
             self._answered = digest if kind == "desired" else self._answered
             self.trials.note(by, "rejected", "not as it should be", faults=error.faults)
         except InspectorError as error:
-            self.trials.note(by, "refused", error.message)
+            self.trials.note(by, "refused", str(error))
 
-    def _desired(self, order: BundleDesired, busy: str) -> None:
+    def _desired(self, order: BundleDesired, busy: str, *, again: bool) -> None:
         if order.bundle != self.name:
             raise InspectorError(f"for bundle {order.bundle}, this is {self.name}")
         digest = hashlib.sha256(f"{order.release} {order.source}".encode()).hexdigest()[:12]
         if self.trials.knows(order.release, digest):
+            if not again:
+                self.trials.note(order.by, "stale", "this very one was decided on before", order.release, digest)
             return
         seen = max(self.seen, self.candidate.order.release if self.candidate is not None else 0)
         if order.release <= seen:
             self.trials.note(order.by, "stale", f"releases up to {seen} are taken", order.release, digest)
             return
+        self.trials.refuse_leap(order.release)
         if busy or self.candidate is not None:
             raise InspectorError(busy or f"release {self.candidate.order.release if self.candidate else ''} is being tried")
         if self.trials.attempt(order.by, order.release, digest):

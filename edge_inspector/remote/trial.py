@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,7 @@ STARTS = 2
 FAILURE_S = 15.0
 """For how long a failure that was not there before the trial is borne: cameras need a few seconds to open again."""
 HISTORY, TOLD = 50, 10
+LEAP = 10**9
 _FAULTS, _TEXT = 16, 300
 
 
@@ -80,6 +82,22 @@ def boot_time() -> tuple[str, float]:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+class _Failing:
+    """For how long something has failed, with pauses: a camera that comes and goes is no good one."""
+
+    def __init__(self) -> None:
+        self._sum_s = self._quiet_s = 0.0
+        self._at: float | None = None
+
+    def seconds(self, fails: bool, now_s: float) -> float:
+        """Of failure, until it was quiet for FAILURE_S."""
+        passed_s = now_s - self._at if self._at is not None else 0.0
+        self._at = now_s
+        self._quiet_s = 0.0 if fails else self._quiet_s + passed_s
+        self._sum_s = self._sum_s + passed_s if fails else 0.0 if self._quiet_s > FAILURE_S else self._sum_s
+        return self._sum_s
+
+
 class Trials:
     """What is good, what is on trial, and the audit trail of one thing. Used from one thread."""
 
@@ -88,8 +106,10 @@ class Trials:
         self.path, self.what = path, what
         self._clock = clock
         self._failures: AbstractSet[str] = frozenset()
-        self._starting: AbstractSet[str] = frozenset()
-        self._failing_s: float | None = None
+        self._starting: AbstractSet[str] = {"all"}
+        self._failing = _Failing()
+        self._unwritten = False
+        """A trial was given up, and the disk does not know it yet."""
         self.state = self._read()
         self.last = self.state.history[-1] if self.state.history else None
         """The latest order, or what became of it."""
@@ -137,6 +157,11 @@ class Trials:
 
     # --- what is decided
 
+    def refuse_leap(self, version: int) -> None:
+        """One order must not use up all numbers there are. Raises InspectorError."""
+        if version > self.seen + LEAP:
+            raise InspectorError(f"version {version} is more than {LEAP} above {self.seen}", hint="count on from there")
+
     def attempt(self, by: str, version: int, digest: str) -> bool:
         """Count that it is begun to be prepared; False, and rejected, where that ended the daemon too often."""
         tried, times = self.state.attempt
@@ -160,13 +185,14 @@ class Trials:
         boot, now_s = self._clock()
         trial = Trial(
             **dict(wanted), confirm_s=confirm_s, boot=boot, deadline_s=now_s + confirm_s,
-            deadline_at=utc_now() + timedelta(seconds=confirm_s), starts=0, failures=tuple(sorted(self._failures)),
+            deadline_at=utc_now() + timedelta(seconds=confirm_s), starts=0,
+            failures=self.state.trial.failures if self.state.trial is not None else tuple(sorted(self._failures)),
         )  # fmt: skip
         self.decide(
             wanted.by, "trial", f"to be confirmed within {confirm_s} s", wanted.version, wanted.hash,
             seen=max(self.seen, wanted.version), attempt=(0, 0), good=before, trial=trial,
         )  # fmt: skip
-        self._failing_s, self._starting = None, {self.what}
+        self._failing, self._starting = _Failing(), {self.what}
 
     def commit(self, by: str, wanted: Kept, reason: str = "") -> None:
         """It is good from now on. Raises InspectorError when that cannot be written."""
@@ -181,9 +207,11 @@ class Trials:
             return
         try:
             self.decide(by, outcome, reason, trial.version, trial.hash, trial=None)
-        except InspectorError as error:  # a full disk must not keep a bad one in force; the next start decides so too
-            self.state = self.state.model_copy(update={"trial": None})
+        except InspectorError as error:  # a full disk must not keep a bad one in force
             self.note(by, outcome, f"{reason}; {error.message}", trial.version, trial.hash)
+            history = (*self.state.history, self.last) if self.last is not None else self.state.history
+            self.state = self.state.model_copy(update={"trial": None, "history": history[-HISTORY:]})
+            self._unwritten = True
 
     def confirm(self, order: Confirm) -> None:
         """Confirm or cancel what is on trial. Raises InspectorError."""
@@ -203,18 +231,18 @@ class Trials:
     def tick(self, failures: AbstractSet[str], *, connected: bool, starting: AbstractSet[str] = frozenset()) -> None:
         """Look at the clock, at what fails (things with their codes) and what is not there yet; a few times a second."""
         self._failures, self._starting = failures, starting
+        if self._unwritten:
+            with suppress(InspectorError):  # no room yet: again at the next look
+                self.save()
         trial = self.state.trial
         if trial is None:
             return
         boot, now_s = self._clock()
         new = self._new_failures(trial)
-        if not new:
-            self._failing_s = None
-        elif self._failing_s is None:
-            self._failing_s = now_s
+        failing_s = self._failing.seconds(bool(new), now_s)
         if boot == trial.boot and now_s >= trial.deadline_s:
             self.roll_back("rolled_back", _unconfirmed(trial.confirm_s, connected=connected))
-        elif self._failing_s is not None and now_s - self._failing_s > FAILURE_S:
+        elif new and failing_s > FAILURE_S:
             self.roll_back("rolled_back", f"since the trial began there is {', '.join(new)}")
 
     @property
@@ -269,14 +297,16 @@ class Trials:
             durable.write(self.path, changed.model_dump_json(by_alias=True).encode())
         except OSError as error:
             raise InspectorError(f"{self.path}: {error.strerror}", hint="check the state folder and its free space") from error
-        self.state = changed
+        self.state, self._unwritten = changed, False
 
     def _read(self) -> State:
         try:
             return validate(State, json.loads(self.path.read_bytes()), str(self.path))
         except FileNotFoundError:
             return State()
-        except (OSError, ValueError, InspectorError) as error:
+        except OSError as error:
+            raise InspectorError(f"{self.path}: {error.strerror}", hint="check the state folder and its disk") from error
+        except (ValueError, InspectorError) as error:
             aside = self.path.with_name(f"{self.path.stem}.damaged-{int(time.time())}.json")
             log.error("%s is damaged (%s): set aside as %s", self.path, error, aside.name)
             os.replace(self.path, aside)
@@ -287,10 +317,15 @@ def _entry(
     by: str, outcome: Outcome, reason: str, version: int | None, digest: str, faults: Sequence[Fault] = ()
 ) -> AuditEntry:
     shown = tuple(
-        FaultFacts(path=f.path[:_TEXT], problem=f.problem[:_TEXT], found=f.found[:_TEXT], suggestion=f.suggestion[:_TEXT])
+        FaultFacts(path=_line(f.path), problem=_line(f.problem), found=_line(f.found), suggestion=_line(f.suggestion))
         for f in faults[:_FAULTS]
     )
-    return AuditEntry(at=utc_now(), by=by, version=version, hash=digest, outcome=outcome, reason=reason[:_TEXT], faults=shown)
+    return AuditEntry(at=utc_now(), by=by, version=version, hash=digest, outcome=outcome, reason=_line(reason), faults=shown)
+
+
+def _line(text: str) -> str:
+    """For a terminal or a log: one line, no control characters, whatever an order said."""
+    return "".join(c if c.isprintable() else " " for c in text)[:_TEXT]
 
 
 def _unconfirmed(confirm_s: int, *, connected: bool = True) -> str:

@@ -6,34 +6,49 @@ import threading
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, ExitStack
 
+from edge_inspector.errors import EngineError
 from edge_inspector.runtime.engine import Engine, judge_samples
+
+_Key = tuple[str, int]
+"""Hash of the bundle, batch."""
 
 
 class Pool:
     """The open engines of one station. What it gives out has judged its bundle's samples right."""
 
     def __init__(self) -> None:
-        self._open: dict[tuple[str, int], tuple[Engine, ExitStack]] = {}
+        self._open: dict[_Key, tuple[Engine, ExitStack]] = {}
+        self._opening: dict[_Key, threading.Lock] = {}
         self._lock = threading.Lock()
+        self._is_closed = False
 
-    def engine(self, key: tuple[str, int], make: Callable[[], AbstractContextManager[Engine]]) -> Engine:
-        """The engine with this key (hash of the bundle, batch), opened if it is not. Raises InspectorError."""
+    def engine(self, key: _Key, make: Callable[[], AbstractContextManager[Engine]]) -> Engine:
+        """The engine with this key, opened if it is not: others can be had meanwhile. Raises InspectorError."""
         with self._lock:
-            if key not in self._open:
-                with ExitStack() as stack:
-                    engine = stack.enter_context(make())
-                    judge_samples(engine)
+            opening = self._opening.setdefault(key, threading.Lock())
+        with opening:
+            with self._lock:
+                if key in self._open:
+                    return self._open[key][0]
+            with ExitStack() as stack:
+                engine = stack.enter_context(make())
+                judge_samples(engine)
+                with self._lock:
+                    if self._is_closed:
+                        raise EngineError("stopped while an engine was opened")
                     self._open[key] = engine, stack.pop_all()
-            return self._open[key][0]
+            return engine
 
     def keep(self, engines: Collection[Engine]) -> None:
         """Close all others."""
         with self._lock:
-            for key, (engine, stack) in list(self._open.items()):
-                if not any(engine is kept for kept in engines):
-                    del self._open[key]
-                    stack.close()
+            others = [key for key, (engine, _) in self._open.items() if not any(engine is kept for kept in engines)]
+            stacks = [self._open.pop(key)[1] for key in others]
+        for stack in stacks:
+            stack.close()
 
     def close(self) -> None:
-        """Close all."""
+        """Close all; none is opened any more."""
+        with self._lock:
+            self._is_closed = True
         self.keep(())
