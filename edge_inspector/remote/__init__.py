@@ -1,1 +1,1 @@
-"""What is changed from afar: line configurations. On the device `configuration`, for people `client`."""
+"""What is changed from afar: line configurations and bundles. On the device `configuration` and `rollout`, for people `client`."""
