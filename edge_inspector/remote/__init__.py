@@ -1,1 +1,1 @@
-"""What is changed from afar: line configurations and bundles. On the device `configuration` and `rollout`, for people `client`."""
+"""What is changed from afar: on the device `configuration` and `rollout`, for people `client`."""
