@@ -8,6 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
@@ -49,9 +50,9 @@ class RunningLine(Protocol):
 class Preparation:
     """Opens everything that a wanted setup judges with, in a thread of its own, beside what runs."""
 
-    def __init__(self, what: Candidate | Wanted, work: Callable[[], dict[str, Inspectors]]) -> None:
-        """Begins at once."""
-        self.what = what
+    def __init__(self, what: Candidate | Wanted, setup: Setup, work: Callable[[], dict[str, Inspectors]]) -> None:
+        """Begins at once. `setup`: what would be in force with it."""
+        self.what, self.setup = what, setup
         self.error: InspectorError | None = None
         self.inspectors: dict[str, Inspectors] = {}
         self._work = work
@@ -199,12 +200,14 @@ class Updates:
         candidate = self._configuration.candidate
         if candidate is not None:
             setup = self._setup(candidate.line)
-            self._preparation = Preparation(candidate, partial(self._opened, setup, self._tell_stop))
+            self._preparation = Preparation(candidate, setup, partial(self._opened, setup, self._tell_stop))
             return
         for rollout in self._rollouts.values():
             wanted = rollout.candidate
             if wanted is not None and self._comparison is None:
-                self._preparation = Preparation(wanted, partial(self._rolled_out, rollout, wanted, current.setup))
+                setup = current.setup.with_release(rollout.name, wanted.folder)
+                self._preparation = Preparation(wanted, setup, partial(self._rolled_out, rollout, wanted, setup))
+                return
 
     def _opened(self, setup: Setup, tell: Callable[[str, int, int], None]) -> dict[str, Inspectors]:
         """What each station would judge with; in the thread that prepares."""
@@ -227,7 +230,7 @@ class Updates:
 
         rollout.fetched(wanted, tell, clock_ok=health.clock().ok)
         tell("build", 0, 1)
-        made = self._opened(setup.with_release(rollout.name, wanted.folder), tell)
+        made = self._opened(setup, tell)
         tell("samples", 1, 1)
         for name, station in setup.line.stations.items():
             if rollout.name in made[name].engines:
@@ -239,8 +242,8 @@ class Updates:
             raise InspectorError(f"stopped during {phase}, {step} of {steps}")
 
     def _prepared(self, current: RunningLine, done: Preparation) -> None:
+        self._ready[done.setup.key] = done.inspectors
         if isinstance(done.what, Candidate):
-            self._ready[self._setup(done.what.line).key] = done.inspectors
             self._configuration.prepared(done.what, done.error)
             return
         rollout = self._rollout(done.what.order.bundle)
@@ -249,7 +252,8 @@ class Updates:
         if done.error is not None:
             rollout.prepared(done.what, done.error)
             return
-        self._ready[current.setup.with_release(rollout.name, done.what.folder).key] = done.inspectors
+        if not done.setup.is_same(current.setup.with_release(rollout.name, done.what.folder)):
+            return  # line.yaml was read anew meanwhile: it begins again
         if not done.what.order.shadow_parts:
             rollout.prepared(done.what, None)
             return
@@ -292,7 +296,8 @@ class Updates:
             rollout.trials.tick(failures, connected=connected, starting=starting)
             trial = rollout.trials.trial
             if trial is not None and order.confirm_parts and parts >= order.confirm_parts and rollout.trials.is_sound:
-                rollout.trials.commit("device", trial, f"by itself, after {parts} parts of which {failed} failed")
+                with suppress(InspectorError):  # no room to write it down: again at the next look
+                    rollout.trials.commit("device", trial, f"by itself, after {parts} parts of which {failed} failed")
 
     def _judged(self, current: RunningLine, bundle: str) -> tuple[int, int]:
         """Parts passed and failed by stations that judge with a bundle, since its trial began or the line was made anew."""

@@ -13,6 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,7 +181,8 @@ class Rollout:
             self.trials.begin(kept, order.confirm_s, self._good())
         except SourceUnreachable as unreachable:  # nothing is wrong with the release: the same order may come again
             self._answered = ""
-            self.trials.save(attempt=(0, 0))
+            with suppress(InspectorError):  # on a full disk an attempt more counts
+                self.trials.save(attempt=(0, 0))
             self.trials.note(order.by, "refused", unreachable.message, order.release, wanted.hash)
         except InspectorError as refusal:
             self.trials.reject(order.by, order.release, wanted.hash, refusal.message)
