@@ -7,6 +7,7 @@ whose part is undecided. Format: multipart/x-mixed-replace (RFC 2046, 5.1); Cont
 from __future__ import annotations
 
 import http.client
+import re
 import socket
 import ssl
 import time
@@ -47,7 +48,7 @@ class MjpegSource:
         """Connect and take the first picture. Raises CameraError."""
         timeout_s = self.config.timeout_ms / 1000
         try:
-            found = _opener(self.config).open(self.config.name, timeout=timeout_s)
+            found = _opener(self.config).open(_address(self.config), timeout=timeout_s)
             self._response = cast("http.client.HTTPResponse", found)
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             reason = f"{error.code} {error.reason}" if isinstance(error, urllib.error.HTTPError) else str(error)
@@ -155,6 +156,11 @@ def _opener(config: CameraConfig) -> urllib.request.OpenerDirector:
     parts = urlsplit(config.uri)
     if parts.username is not None:
         known = urllib.request.HTTPPasswordMgrWithDefaultRealm()
-        known.add_password(None, config.name, unquote(parts.username), unquote(parts.password or ""))
+        known.add_password(None, _address(config), unquote(parts.username), unquote(parts.password or ""))
         handlers += [urllib.request.HTTPBasicAuthHandler(known), urllib.request.HTTPDigestAuthHandler(known)]
     return urllib.request.build_opener(*handlers)
+
+
+def _address(config: CameraConfig) -> str:
+    """Where it is, without who asks."""
+    return re.sub(r"//[^/\s]*@", "//", config.uri)
