@@ -128,7 +128,7 @@ class Broker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Send what is committed (within a second), then stop."""
+        """Send what is committed and what is retained until the broker has it (a second at most), then stop."""
         self._closing.set()
         self.connection.wake()
         self._thread.join(1.5)
@@ -212,9 +212,12 @@ class Broker:
             unsent = [(topic, self._retained[topic]) for topic in self._unsent]
             self._unsent.clear()
         for topic, payload in unsent:
-            if self.connection.publish(topic, payload, retain=True) is None:
+            token = self.connection.publish(topic, payload, retain=True)
+            if token is None:
                 with self._lock:
                     self._unsent[topic] = None
+            else:  # known until acknowledged: who stops waits for "offline" to arrive, not to have been written
+                self._in_flight[token] = None
 
     def _head(self, station: str) -> Head:
         head = self.outbox.head(station)

@@ -202,7 +202,7 @@ class Listener:
 
     def say(self, payload: dict[str, Any] | bytes, *levels: str, retain: bool = False) -> None:
         data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-        assert self.connection.publish(TOPICS.of(*levels), data, retain=retain) is not None
+        until(lambda: self.connection.publish(TOPICS.of(*levels), data, retain=retain) is not None, what="sending")
 
 
 @contextmanager
