@@ -20,8 +20,9 @@ test: $(VENV)/.test $(if $(EDGE_INSPECTOR_NVIDIA),$(VENV)/.nvidia)
 	@command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || { $(APT) && apt-get update -qq && \
 	  apt-get install -y -qq mosquitto openssl >/dev/null; } || \
 	  echo "left out: tests with a real broker (apt install mosquitto openssl)"
-	@command -v systemd-analyze >/dev/null || { $(APT) && apt-get install -y -qq systemd >/dev/null; } || \
-	  echo "left out: the check of the systemd unit (no systemd-analyze)"
+	@command -v systemd-nspawn >/dev/null || { $(APT) && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends systemd systemd-container dbus >/dev/null; } || \
+	  echo "left out: the service under a real systemd (apt install systemd-container dbus)"
 	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libaravis-0.8.so.0")' 2>/dev/null || { $(APT) && apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends libaravis-0.8-0 >/dev/null; } || \
 	  echo "left out: GigE Vision cameras (apt install libaravis-0.8-0)"

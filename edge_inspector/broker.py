@@ -41,6 +41,7 @@ from edge_inspector.mqtt import Acknowledged, Connection, Message
 from edge_inspector.outbox import Journalled, Outbox
 from edge_inspector.results import Result
 from edge_inspector.schema import MAX_BYTES
+from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Broker:
         self._redeliver_s: float | None = None
         self._alerted_s = 0.0
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="broker", daemon=True)
+        self._thread = Thread(target=self._run, name="broker", daemon=True)
 
     @staticmethod
     def subscriptions(topics: Topics) -> tuple[str, ...]:

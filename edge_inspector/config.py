@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ STREAMS = ("rtsp", "rtsps", "http", "https")
 ALONE = (*GENICAM, "v4l2", "csi")
 """Cameras that only one can use."""
 GENICAM_SETTINGS = ("offset_x", "offset_y", "pixel_format", "exposure_us", "gain_db", "packet_size", "features")
+CREDENTIALS = "credentials"
+"""Folder of passwords and keys in a device's folder."""
 SCHEMES = ("dir", "file", "synthetic", "v4l2", *STREAMS, "gst", "csi", *GENICAM)
 
 
@@ -54,7 +57,9 @@ class BrokerConfig(Model):
 class StorageConfig(Model):
     """Where results and pictures are kept, and how much of them."""
 
-    folder: str = "state"
+    folder: str | None = Field(
+        None, description="none: state, beside device.yaml; for a device.yaml in /etc/edge-inspector/NAME the same in /var/lib"
+    )
     results_mb: int = Field(256, ge=4, le=1_000_000)
     evidence_mb: int = Field(256, ge=0, le=1_000_000)
 
@@ -345,20 +350,32 @@ def load_line(path: Path) -> LineConfig:
     return parse_line(read_yaml(read_document(path), str(path)), str(path))
 
 
+def _state_folder(folder: Path, named: str | None) -> Path:
+    """Nothing is written below /etc: what lies there keeps its state at the same place below /var/lib (hier(7))."""
+    if named is None and Path("/etc") in folder.parents:
+        return Path("/var/lib") / folder.relative_to("/etc")
+    return folder / (named or "state")
+
+
 class Device:
     """A device.yaml with its paths resolved against the folder it lies in."""
 
     def __init__(self, config: DeviceConfig, folder: Path) -> None:
         self.config = config
         self.folder = folder
-        self.state = folder / config.storage.folder
+        self.state = _state_folder(folder, config.storage.folder)
         self.trust = folder / config.trust
         self.bundles = folder / config.bundles
         self.line_file = folder / config.line_file
 
     def path(self, name: str | None) -> Path | None:
-        """A path that the document names, or None."""
-        return self.folder / name if name is not None else None
+        """A path that the document names, or None. What lies in `credentials/` systemd hands over in a folder of its own."""
+        if name is None:
+            return None
+        handed = os.environ.get("CREDENTIALS_DIRECTORY")
+        if handed and Path(name).parent == Path(CREDENTIALS):
+            return Path(handed) / f"{CREDENTIALS}_{Path(name).name}"
+        return self.folder / name
 
 
 def load_device(path: Path) -> Device:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import queue
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from edge_inspector import pictures
 from edge_inspector.errors import PictureError
 from edge_inspector.inspector import View
 from edge_inspector.results import Evidence
+from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class EvidenceStore:
         self.folder, self.quota = folder, quota_mb << 20
         self.dropped = 0
         self._jobs: queue.Queue[_Job | None] = queue.Queue(QUEUE)
-        self._thread = threading.Thread(target=self._run, name="evidence", daemon=True)
+        self._thread = Thread(target=self._run, name="evidence", daemon=True)
 
     def __enter__(self) -> EvidenceStore:
         """Start the writer."""

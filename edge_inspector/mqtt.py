@@ -31,6 +31,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_inspector.config import BrokerConfig
 from edge_inspector.errors import BrokerError
+from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class Connection:
         self._proven = False
         self._refused = False
         self._gone, self._answered, self._closing = threading.Event(), threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="mqtt-supervisor", daemon=True)
+        self._thread = Thread(target=self._run, name="mqtt-supervisor", daemon=True)
 
     def __enter__(self) -> Connection:
         """Start connecting; returns at once."""

@@ -31,6 +31,7 @@ from edge_inspector import messages
 from edge_inspector.errors import OutboxError
 from edge_inspector.frames import Trigger, utc_now
 from edge_inspector.results import Reason, Result, Verdict
+from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class Outbox:
         self._closing = threading.Event()
         self._reading = threading.Lock()
         self._listeners: list[Callable[[], None]] = []
-        self._thread = threading.Thread(target=self._run, name="outbox-committer", daemon=True)
+        self._thread = Thread(target=self._run, name="outbox-committer", daemon=True)
 
     # --- life
 

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from edge_inspector.config import OutputConfig
 from edge_inspector.errors import OutputError
 from edge_inspector.results import Verdict
+from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class Outputs:
         self._active: set[int] = set()
         self._changed = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name=f"outputs-{station}", daemon=True)
+        self._thread = Thread(target=self._run, name=f"outputs-{station}", daemon=True)
 
     def __enter__(self) -> Outputs:
         """Open the lines, all inactive. Raises OutputError."""

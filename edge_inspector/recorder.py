@@ -132,6 +132,13 @@ class Recorder:
         counts.undecided += result.verdict is Verdict.UNDECIDED
         if told is Verdict.PASS and time.monotonic() <= trigger.expires_s:
             self._tell(result, trigger)
+        level = logging.DEBUG if result.verdict is Verdict.PASS else logging.INFO
+        if log.isEnabledFor(level):
+            about = {name: getattr(result, name) for name in ("station", "trigger_id", "part_id", "seq")}
+            log.log(
+                level, "part %s: %s, %s %s", result.part_id or result.trigger_id, result.verdict.value, result.reason.value,
+                result.detail, extra={**about, "verdict": result.verdict.value},
+            )  # fmt: skip
 
     def _tell(self, result: Result, trigger: Trigger) -> None:
         if self._output is not None:

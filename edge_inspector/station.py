@@ -31,6 +31,7 @@ from edge_inspector.recipes import Recipe
 from edge_inspector.recorder import RecordCounts, Recorder, Voice
 from edge_inspector.results import ConfigurationRef, Reason, Verdict
 from edge_inspector.shadow import Shadow
+from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class Station:
             simulated=lambda: self._simulated, held_up=self._held_up,
         )  # fmt: skip
         self._stack = ExitStack()
-        self._thread = threading.Thread(target=self._run, name=f"station-{name}", daemon=True)
+        self._thread = Thread(target=self._run, name=f"station-{name}", daemon=True)
 
     def __enter__(self) -> Station:
         """Start cameras and the station's thread; returns at once. Networks are loaded in that thread."""

@@ -1,19 +1,27 @@
-"""What systemd wants to hear: READY, STATUS, WATCHDOG, STOPPING (sd_notify(3)). Silent where systemd is not."""
+"""What systemd wants to hear: READY, STATUS, WATCHDOG, STOPPING (sd_notify(3)), and its journal."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
 
+JOURNAL = "/run/systemd/journal/socket"
+FIELDS = ("station", "trigger_id", "part_id", "verdict", "seq")
+"""What a log record may carry beside its text (`extra=`); in the journal EI_STATION and so on."""
+_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+_LONGEST = 32_768
 TICK_S = 1.0
 """Every critical loop calls its tick at least this often."""
 
 
 def notify(message: str, environment: dict[str, str] | os._Environ[str] = os.environ) -> bool:
-    """Send one message to the notify socket; returns whether there is one."""
+    """Send one message to the notify socket; returns whether there is one: elsewhere than under systemd there is none."""
     address = environment.get("NOTIFY_SOCKET", "")
     if not address:
         return False
@@ -22,6 +30,49 @@ def notify(message: str, environment: dict[str, str] | os._Environ[str] = os.env
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
         sender.sendto(message.encode(), address)
     return True
+
+
+def is_journal(environment: dict[str, str] | os._Environ[str] = os.environ) -> bool:
+    """Whether stderr leads to the journal (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        where = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):  # closed, or no file
+        return False
+    return environment.get("JOURNAL_STREAM") == f"{where.st_dev}:{where.st_ino}"
+
+
+class JournalHandler(logging.Handler):
+    """Log records as journal entries with fields (systemd's native protocol). Never waits: what it cannot take is lost."""
+
+    def __init__(self, address: str = JOURNAL) -> None:
+        """Raises OSError where there is no journal."""
+        super().__init__()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        self._socket.connect(address)
+        self.lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one record."""
+        entry = {
+            "MESSAGE": self.format(record)[:_LONGEST], "PRIORITY": _PRIORITIES.get(record.levelno, 6),
+            "SYSLOG_IDENTIFIER": "edge-inspector", "LOGGER": record.name, "THREAD_NAME": record.threadName or "",
+        }  # fmt: skip
+        entry |= {f"EI_{name.upper()}": value for name in FIELDS if (value := getattr(record, name, None)) is not None}
+        try:
+            self._socket.send(b"".join(_field(name, str(value).encode(errors="replace")) for name, value in entry.items()))
+        except OSError:  # the journal is full or gone: nobody is left to tell, and the line must not wait
+            self.lost += 1
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+        super().close()
+
+
+def _field(name: str, value: bytes) -> bytes:
+    if b"\n" in value:
+        return name.encode() + b"\n" + struct.pack("<Q", len(value)) + value + b"\n"
+    return name.encode() + b"=" + value + b"\n"
 
 
 class Watchdog:

@@ -27,6 +27,7 @@ from edge_inspector.remote.rollout import RATE_PARTS, Rollout, Wanted
 from edge_inspector.runtime import Engine, Pool
 from edge_inspector.shadow import Comparison, Shadow
 from edge_inspector.station import Station
+from edge_inspector.threads import Thread
 from edge_inspector.wiring import Setup, inspectors_of
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Preparation:
         self.error: InspectorError | None = None
         self.inspectors: dict[str, Inspectors] = {}
         self._work = work
-        self._thread = threading.Thread(target=self._run, name="preparing", daemon=True)
+        self._thread = Thread(target=self._run, name="preparing", daemon=True)
         self._thread.start()
 
     @property

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
+import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,15 +15,17 @@ import numpy as np
 import pytest
 
 from edge_inspector import health
+from edge_inspector.cli import service
+from edge_inspector.config import Device, DeviceConfig
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.inspector import View
 from edge_inspector.messages import Cause
 from edge_inspector.outbox import Counts
 from edge_inspector.results import BundleRef, EngineRef, Finding, Reason, Region, Verdict
-from edge_inspector.systemd import Watchdog, notify
-from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, until
+from edge_inspector.systemd import JournalHandler, Watchdog, is_journal, notify
+from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, needed, until
 
-UNIT = Path(__file__).resolve().parents[1] / "systemd" / "edge-inspector.service"
+UNIT = Path(__file__).resolve().parents[1] / "systemd" / "edge-inspector@.service"
 
 
 def test_the_daemon_tells_systemd_ready_status_watchdog_and_stopping(tmp_path: Path, mosquitto: Mosquitto) -> None:
@@ -60,20 +65,70 @@ def test_a_loop_that_hangs_is_named_and_stops_the_pings() -> None:
 
 
 def test_the_unit_is_one_that_systemd_accepts(tmp_path: Path) -> None:
-    if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd-analyze is not installed: apt install systemd")
+    needed(shutil.which("systemd-analyze"), "apt install systemd")
     unit = tmp_path / UNIT.name
     unit.write_text(UNIT.read_text().replace("/opt/edge-inspector/bin/edge-inspector", "/bin/true"))
-    checked = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False)
-    told = [line for line in checked.stderr.splitlines() if unit.name in line]
-    assert told == []
     drop_in = tmp_path / f"{UNIT.name}.d" / "jetson.conf"
     drop_in.parent.mkdir()
-    drop_in.write_text((UNIT.parent / "jetson.conf").read_text())
-    checked = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False)
-    assert [line for line in checked.stderr.splitlines() if unit.name in line or "jetson.conf" in line] == []
-    for option in ("Type=notify", "WatchdogSec=", "Restart=always", "ProtectSystem=strict"):
-        assert option in UNIT.read_text()
+    for add in (False, True):
+        if add:
+            drop_in.write_text((UNIT.parent / "jetson.conf").read_text())
+        one = unit.with_name(UNIT.name.replace("@", "@press-1"))
+        checked = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", str(one)], capture_output=True, text=True, check=False
+        )
+        assert [line for line in checked.stderr.splitlines() if "edge-inspector" in line or "jetson" in line] == []
+
+
+def test_the_unit_is_exposed_as_little_as_a_daemon_with_cameras_gpu_and_network_can_be() -> None:
+    needed(shutil.which("systemd-analyze"), "apt install systemd")
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=18", str(UNIT)]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout.splitlines()[-1]
+    assert "Overall exposure level" in checked.stdout
+
+
+def test_a_program_elsewhere_is_what_the_unit_runs_and_a_dry_run_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    service.install("press-1", dry_run=True)
+    told = capsys.readouterr()
+    assert f"ExecStart={Path(sys.executable).parent}/edge-inspector run --config /etc/edge-inspector/%i/device.yaml" in told.out
+    assert "would run: systemctl restart edge-inspector@press-1.service" in told.err
+    assert not (service.UNITS / service.TEMPLATE).exists()
+    service.uninstall("press-1", dry_run=True)
+    assert "would run: systemctl disable --now" in capsys.readouterr().err
+
+
+def test_records_reach_the_journal_with_their_fields_and_never_wait_for_it(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(str(tmp_path / "journal"))
+        handler = JournalHandler(str(tmp_path / "journal"))
+        record = logging.LogRecord("edge_inspector", logging.WARNING, "", 1, "two\nlines", None, None)
+        record.station, record.seq = "press-1", 42
+        handler.emit(record)
+        entry = journal.recv(65536)
+        assert b"MESSAGE\n" + struct.pack("<Q", 9) + b"two\nlines\n" in entry
+        assert {b"PRIORITY=4", b"EI_STATION=press-1", b"EI_SEQ=42"} <= set(entry.splitlines())
+        assert b"EI_TRIGGER_ID" not in entry
+        for _ in range(10_000):
+            handler.emit(record)
+        assert handler.lost > 0, "nobody reads: what does not fit is lost, and counted"
+        handler.close()
+    assert not is_journal({})
+
+
+def test_a_device_below_etc_keeps_its_state_below_var_lib_and_systemd_hands_its_secrets_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = {"schema": "ei.device.v1", "identity": {"site": "plant", "line": "line", "device": "edge"}}
+    device = Device(DeviceConfig.model_validate(config), Path("/etc/edge-inspector/press-1"))
+    assert device.state == Path("/var/lib/edge-inspector/press-1")
+    assert Device(DeviceConfig.model_validate(config), Path("/srv/line")).state == Path("/srv/line/state")
+    named = DeviceConfig.model_validate({**config, "storage": {"folder": "/data"}})
+    assert Device(named, Path("/etc/edge-inspector/press-1")).state == Path("/data")
+    assert device.path("credentials/broker-password") == Path("/etc/edge-inspector/press-1/credentials/broker-password")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/x")
+    assert device.path("credentials/broker-password") == Path("/run/credentials/x/credentials_broker-password")
+    assert device.path("keys/ca.pem") == Path("/etc/edge-inspector/press-1/keys/ca.pem")
 
 
 def view(seed: int) -> View:

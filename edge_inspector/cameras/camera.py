@@ -21,6 +21,7 @@ from edge_inspector.config import STREAMS, CameraConfig, Guards
 from edge_inspector.errors import CameraEnded, CameraError
 from edge_inspector.frames import Frame
 from edge_inspector.results import Reason
+from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Camera:
         self._lost = 0
         self._closing = threading.Event()
         self._closed_s = 0.0
-        self._thread = threading.Thread(target=self._run, name=f"camera-{name}", daemon=True)
+        self._thread = Thread(target=self._run, name=f"camera-{name}", daemon=True)
 
     def __enter__(self) -> Camera:
         """Start capturing; returns at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import signal
@@ -153,6 +154,7 @@ def run(config: ConfigOption = Path("device.yaml"), verbose: Annotated[bool, typ
     from edge_inspector.config import load_device  # noqa: PLC0415
 
     start_logging(verbose=verbose)
+    faulthandler.enable()  # when the watchdog ends us, every thread says where it was
     device = load_device(config)
     stop, reload = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from edge_inspector import systemd
 from edge_inspector.errors import InspectorError
 from edge_inspector.results import Result, Verdict
 
@@ -66,10 +66,11 @@ def print_json(value: Any) -> None:
 
 
 def start_logging(*, verbose: bool = False) -> None:
-    """Log to stderr; under systemd without the time, which the journal adds."""
-    stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
+    """Log to stderr; under systemd to its journal, with the fields that a record carries."""
+    handler: logging.Handler = systemd.JournalHandler() if systemd.is_journal() else logging.StreamHandler()
+    stamp = "" if systemd.is_journal() else "%(asctime)s %(levelname)s "
     logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format=f"{stamp}%(levelname)s %(threadName)s: %(message)s"
+        level=logging.DEBUG if verbose else logging.INFO, format=f"{stamp}%(threadName)s: %(message)s", handlers=[handler]
     )
 
 
