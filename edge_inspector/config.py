@@ -62,6 +62,9 @@ class StorageConfig(Model):
     )
     results_mb: int = Field(256, ge=4, le=1_000_000)
     evidence_mb: int = Field(256, ge=0, le=1_000_000)
+    evidence_passed: float = Field(
+        0.01, ge=0, le=1, description="share of passed parts whose frames are kept too, beside those near the threshold"
+    )
 
 
 class EngineConfig(Model):
@@ -129,6 +132,13 @@ class RemoteConfig(Model):
     ca_file: str | None = Field(None, description="of servers that bundles are fetched from; none: the system's")
 
 
+class MetricsConfig(Model):
+    """Where Prometheus may scrape this device."""
+
+    port: int = Field(ge=1, le=65535)
+    host: str = Field("127.0.0.1", min_length=1, description="nobody is asked for a password: leave it at this machine's own")
+
+
 class DeviceConfig(Model):
     """device.yaml: identity, broker, storage, trust. Changed on the device only."""
 
@@ -141,6 +151,7 @@ class DeviceConfig(Model):
     line_file: str = "line.yaml"
     engine: EngineConfig = EngineConfig()
     remote: RemoteConfig = RemoteConfig()
+    metrics: MetricsConfig | None = Field(None, description="none: nothing is served")
     outputs: dict[Id, OutputConfig] = Field(default_factory=dict, max_length=32, description="by station")
 
 
@@ -222,6 +233,21 @@ class HardwareTrigger(Model):
         return self
 
 
+class SelfTestConfig(Model):
+    """Samples of the station's bundles, judged again while it runs; at its start they always are."""
+
+    every_h: float | None = Field(None, ge=0.001, le=8760, description="repeated so often, between two parts")
+    required: bool = Field(True, description="no part is judged while samples fail; false: health says so, and it goes on")
+
+
+class LimitsConfig(Model):
+    """When the parts of a station say together that something has changed; reasons on health, never verdicts."""
+
+    parts: int = Field(200, ge=20, le=10_000, description="told from the last so many that were judged")
+    max_reject_rate: float = Field(0.2, gt=0, le=1, description="of failed parts, beyond all doubt of so few parts")
+    drift: bool = Field(True, description="tell when the median score leaves the middle half of the calibration's good parts")
+
+
 class StationConfig(Model):
     """One place on the line."""
 
@@ -230,6 +256,8 @@ class StationConfig(Model):
         "hardware: one for each edge of a sensor that fires the cameras",
     )  # fmt: skip
     hardware: HardwareTrigger = HardwareTrigger()
+    self_test: SelfTestConfig = SelfTestConfig()
+    limits: LimitsConfig = LimitsConfig()
     in_view_ms: int | None = Field(
         None,
         ge=1,

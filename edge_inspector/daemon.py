@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,14 +23,16 @@ from edge_inspector.errors import EngineLost, InspectorError
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import utc_now
 from edge_inspector.inspector import Inspectors
-from edge_inspector.messages import Alert, CameraFacts, Cause, StateMessage
+from edge_inspector.messages import Alert, CameraFacts, Cause, HealthMessage, StateMessage
+from edge_inspector.metrics import Metrics, Reading
 from edge_inspector.mqtt import Will
 from edge_inspector.outbox import Outbox
 from edge_inspector.outputs import Outputs
 from edge_inspector.remote.configuration import Configuration
 from edge_inspector.remote.orders import Authority
 from edge_inspector.runtime import Pool
-from edge_inspector.station import Setting, Station
+from edge_inspector.setting import Setting
+from edge_inspector.station import Station
 from edge_inspector.updates import Updates
 from edge_inspector.wiring import Setup, connection_of, inspectors_of, topics_of
 
@@ -85,6 +88,7 @@ class _Line:
         self.watchdog = systemd.Watchdog(PATIENCE_S)
         self._clock = health.clock()
         self._told: object = None
+        self._health: HealthMessage | None = None
         self._told_s = 0.0
         topics = topics_of(device)
         runtimes = dict.fromkeys(("onnxruntime", device.config.engine.runtime))
@@ -93,21 +97,24 @@ class _Line:
             capabilities=tuple(runtimes), configuration_version=line.version,
         )  # fmt: skip
         offline = StateMessage(online=False, session=self.session)
-        self.outbox = Outbox(
-            device.state, line.stations, quota_mb=device.config.storage.results_mb, tick=self.watchdog.loop("outbox")
+        storage = device.config.storage
+        self.outbox = Outbox(device.state, line.stations, quota_mb=storage.results_mb, tick=self.watchdog.loop("outbox"))
+        self.evidence = EvidenceStore(
+            device.state / "evidence", device.config.storage.evidence_mb, device.config.storage.evidence_passed
         )
-        self.evidence = EvidenceStore(device.state / "evidence", device.config.storage.evidence_mb)
         self.connection = connection_of(
             device, "-".join(("ei", *topics.root.split("/")[2:])), Broker.subscriptions(topics),
             Will(topics.of("state"), messages.encode(offline)),
         )  # fmt: skip
+        metrics = device.config.metrics
+        self.metrics = Metrics(metrics, self._reading) if metrics is not None else None
         self.outputs = {name: Outputs(name, config) for name, config in device.config.outputs.items() if name in line.stations}
         self.stations = {name: Station(name, config, self._setting(name, config)) for name, config in line.stations.items()}
         self.broker = Broker(self.connection, topics, self.outbox, self.stations, tick=self.watchdog.loop("broker"))
         self.alarms = _Alarms(self.broker, self.stations)
         for output in self.outputs.values():
             stack.enter_context(output)
-        for part in (self.outbox, self.evidence, self.connection, self.broker):
+        for part in (self.outbox, self.evidence, self.connection, self.broker, *((self.metrics,) if self.metrics else ())):
             stack.enter_context(part)
         stack.callback(self.broker.retain, offline, "state")
         self.broker.retain(self._state, "state")
@@ -129,7 +136,7 @@ class _Line:
             make_source=lambda name: open_source(config.cameras[name], self.device.folder),
             inspectors=partial(inspectors_of, self.device, self.setup, name, self._pools.setdefault(name, Pool())),
             clock_ok=lambda: self._clock.ok,
-            watch=self.watchdog.loop, forget=self.watchdog.forget, output=self.outputs.get(name),
+            watch=self.watchdog.loop, forget=self.watchdog.forget, output=self.outputs.get(name), metrics=self.metrics,
         )  # fmt: skip
 
     def swap(self, setup: Setup, inspectors: Mapping[str, Inspectors]) -> None:
@@ -155,7 +162,11 @@ class _Line:
         for name, output in self.outputs.items():
             if not hanging and self.stations[name].operational:
                 output.alive()
-        causes = [*extra, *health.storage_causes(self.outbox.counts, self.device.state)]
+        causes = [
+            *extra,
+            *(self.metrics.causes() if self.metrics else ()),
+            *health.storage_causes(self.outbox.counts, self.device.state),
+        ]
         causes += [cause for station in stations for cause in station.causes()]
         causes += [
             Cause(
@@ -171,7 +182,7 @@ class _Line:
         self.alarms.update(causes)
         cameras = {f"{s.name}/{name}": _facts(camera) for s in stations for name, camera in s.cameras.items()}
         dropped = self.broker.refused + self.connection.dropped
-        told = health.assess(causes, self.outbox.counts, self._clock, dropped, cameras)
+        told = self._health = health.assess(causes, self.outbox.counts, self._clock, dropped, cameras)
         news = (told.status, told.reasons)
         if news != self._told or time.monotonic() - self._told_s > HEALTH_EVERY_S:
             self._told, self._told_s = news, time.monotonic()
@@ -183,6 +194,16 @@ class _Line:
             self.broker.retain(self._state, "state")
         systemd.notify(f"STATUS={self.summary()}")
         return {f"{cause.thing}: {cause.code}" for cause in causes if cause.severity == "failure"}
+
+    def _reading(self) -> Reading | None:
+        """For whoever scrapes (its thread)."""
+        if self._health is None:
+            return None
+        return Reading(
+            self._health, self._state, {name: station.trends for name, station in self.stations.items()},
+            dict(self.evidence.used), self.evidence.dropped, self.connection.connected.is_set(), self.connection.reconnects,
+            shutil.disk_usage(self.device.state).free, self.watchdog.silent_s(),
+        )  # fmt: skip
 
     def summary(self) -> str:
         """One line for `systemctl status`."""

@@ -17,6 +17,7 @@ from types import TracebackType
 from edge_inspector import daemon
 from edge_inspector.config import Device, load_device
 from edge_inspector.errors import InspectorError
+from edge_inspector.evidence import explanation_of
 from edge_inspector.results import Result, Verdict
 from edge_inspector.subscriber import Subscriber
 from edge_inspector.wiring import connection_of, topics_of
@@ -165,9 +166,7 @@ def run(folder: Path, engines: Path, on_result: Callable[[Result, str, Path | No
             try:
                 for result in subscriber.results(timeout_s=20.0):
                     kind = kinds.get(result.part_id or "", "unknown")
-                    kept = result.evidence if result.evidence is not None and result.evidence.stored else None
-                    picture = folder / "state" / "evidence" / f"{kept.id[7:39]}.jpg" if kept else None
-                    on_result(result, kind, picture)
+                    on_result(result, kind, explanation_of(folder / "state" / "evidence", result))
                     verdicts[result.verdict.value] += 1
                     wrong["false_reject"] += kind == "good" and result.verdict is Verdict.FAIL
                     wrong["escape"] += kind != "good" and result.verdict is Verdict.PASS

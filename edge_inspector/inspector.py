@@ -241,7 +241,13 @@ class Inspectors:
     def states(self) -> dict[str, EngineState]:
         """What runs each bundle."""
         return {
-            name: EngineState(runtime=engine.runtime, precision=engine.precision, instead=engine.instead)
+            name: EngineState(
+                runtime=engine.runtime,
+                precision=engine.precision,
+                instead=engine.instead,
+                release=engine.bundle.manifest.release,
+                sha256=engine.bundle.sha256[:12],
+            )  # fmt: skip
             for name, engine in self.engines.items()
         }
 

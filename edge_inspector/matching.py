@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 
 from edge_inspector.config import StationConfig
 from edge_inspector.frames import Frame, Trigger
+from edge_inspector.messages import Cause
 
 _NEAR_S = 10.0
+_LATELY_S = 60.0
 MOST = 256
 """Announcements and exposures that wait; beyond it the oldest are given up."""
 
@@ -61,6 +63,7 @@ class Matcher:
         self.announced, self.delay_s, self.tolerance_s = announced, delay_s, tolerance_s
         self.sync_s, self.debounce_s, self.patience_s = sync_s, debounce_s, patience_s
         self.counts = MatchCounts()
+        self._unfitting_s = float("-inf")
         self._exposures: list[Exposure] = []
         self._triggers: list[Trigger] = []
         self._given_up: deque[Exposure] = deque(maxlen=MOST)
@@ -80,6 +83,13 @@ class Matcher:
             sync_s=given.sync_ms / 1e3, debounce_s=given.debounce_ms / 1e3, patience_s=patience_ms / 1e3,
         )  # fmt: skip
 
+    def causes(self, station: str, now_s: float) -> list[Cause]:
+        """What is wrong with the images that come."""
+        if now_s - self._unfitting_s > _LATELY_S:
+            return []
+        text = f"since the start: {self.counts.extra} images without a part, {self.counts.bounced} too soon after another"
+        return [Cause(code="images_unfitting", severity="off_spec", thing=station, text=text)]
+
     def announce(self, trigger: Trigger) -> None:
         """A part is coming."""
         self._triggers.append(trigger)
@@ -92,6 +102,7 @@ class Matcher:
             self._unseen += min(frame.lost, MOST)
         if at_s - self._last_s.get(camera, float("-inf")) < self.debounce_s:
             self.counts.bounced += 1
+            self._unfitting_s = at_s
             return
         if not (frame.fault and frame.clock == "arrival"):  # else when it was exposed is not known
             self._last_s[camera] = at_s
@@ -138,7 +149,9 @@ class Matcher:
                 self._triggers.remove(trigger)
                 parts.append(Part(trigger, {}, self._nearest(due_s)))
         waits = [e for e in self._exposures if now_s <= self._known_s(e) or any(self._may_be(e, t) for t in self._triggers)]
-        self.counts.extra += len(self._exposures) - len(waits[-MOST:])
+        extra = len(self._exposures) - len(waits[-MOST:])
+        self.counts.extra += extra
+        self._unfitting_s = now_s if extra else self._unfitting_s
         self._exposures = waits[-MOST:]
         return parts
 

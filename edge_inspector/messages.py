@@ -126,6 +126,8 @@ class EngineState(TolerantModel):
 
     runtime: str
     precision: str
+    release: int | None = None
+    sha256: str = Field("", description="of the bundle, its first twelve digits, as in results")
     instead: str = Field("", description="why it stands in for the runtime that was wanted; empty where it does not")
 
 
@@ -154,6 +156,7 @@ class Ready(TolerantModel):
     product: str | None = None
     recipe: str | None = None
     session: str
+    tested_at: Moment | None = Field(None, description="when the samples of its bundles were judged last")
 
 
 class Cause(TolerantModel):

@@ -102,6 +102,20 @@ def _resolve(future: Future[Any], value: object = None, error: Exception | None 
         future.set_exception(error) if error else future.set_result(value)
 
 
+def stored_result(path: Path, result_id: str) -> bytes | None:
+    """The record with this id (STREAM-SEQ), read beside whoever writes the file. Raises OutboxError."""
+    stream, _, seq = result_id.rpartition("-")
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=2.0)) as connection:
+            row = connection.execute(
+                "SELECT body FROM results JOIN streams USING(station) WHERE stream = ? AND seq = ?",
+                (stream, int(seq) if seq.isdecimal() else 0),
+            ).fetchone()
+    except sqlite3.Error as error:
+        raise OutboxError(f"{path}: {error}", hint="is that the device's state, and may you read it?") from error
+    return bytes(row[0]) if row else None
+
+
 class Outbox:
     """The results of all stations of one device, in one SQLite file. Use as a context manager."""
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from edge_inspector.config import OutputConfig
 from edge_inspector.errors import OutputError
+from edge_inspector.messages import Cause
 from edge_inspector.results import Verdict
 from edge_inspector.threads import Thread
 
@@ -31,6 +32,7 @@ HINT = 'pip install "edge-inspector[gpiod]"'
 ALIVE_S = 2.0
 """For how long the daemon's last sign of life keeps the heartbeat going."""
 _IDLE_S = 1.0
+_LATELY_S = 60.0
 _PAGE = 4096
 
 
@@ -137,7 +139,8 @@ class Outputs:
         """Nothing is opened before `__enter__`."""
         self.config = config
         self.counts = OutputCounts()
-        self.missed_s = float("-inf")
+        self._station = station
+        self._missed_s = float("-inf")
         self.failure: Exception | None = None
         self._alive_s = float("-inf")
         self._pulses: list[_Pulse] = []
@@ -182,9 +185,16 @@ class Outputs:
             self._pulses.append(_Pulse(pulse.line, on_s, off_s))
             self._changed.notify_all()
 
+    def causes(self) -> list[Cause]:
+        """What is wrong with the wires."""
+        if time.monotonic() - self._missed_s > _LATELY_S:
+            return []
+        text = f"{self.counts.missed} verdicts since the start came when their part had passed the diverter"
+        return [Cause(code="output_missed", severity="failure", thing=self._station, text=text)]
+
     def _missed(self, now_s: float) -> None:
         self.counts.missed += 1
-        self.missed_s = now_s
+        self._missed_s = now_s
 
     def _drive(self, now_s: float) -> float:
         """Set each line as its pulses say; returns when the next of them begins or ends."""

@@ -14,14 +14,14 @@ from functools import partial
 from typing import Protocol
 
 from edge_inspector.broker import verdict_of
+from edge_inspector.config import StationConfig
 from edge_inspector.errors import OutboxError
-from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import Frame, Trigger, utc_now
-from edge_inspector.inspector import Inspection
+from edge_inspector.inspector import Inspection, Inspectors
 from edge_inspector.messages import Cause, Ready, VerdictMessage
-from edge_inspector.outbox import Outbox
-from edge_inspector.outputs import Outputs
-from edge_inspector.results import ConfigurationRef, Reason, RecipeRef, Result, Times, Verdict
+from edge_inspector.results import Reason, RecipeRef, Result, Times, Verdict
+from edge_inspector.setting import Setting
+from edge_inspector.trends import Trends
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +54,28 @@ class Recorder:
     """Tells and stores the outcomes of one station."""
 
     def __init__(
-        self, station: str, outbox: Outbox, evidence: EvidenceStore, output: Outputs | None, configuration: ConfigurationRef, *,
-        clock_ok: Callable[[], bool], simulated: Callable[[], bool], held_up: Callable[[], bool],
-    ) -> None:  # fmt: skip
+        self,
+        station: str,
+        config: StationConfig,
+        setting: Setting,
+        *,
+        simulated: Callable[[], bool],
+        held_up: Callable[[], bool],
+    ) -> None:
         """`held_up` waits while the outbox is full; False: give up. Verdicts go nowhere before `voice` is set."""
         self.voice: Voice | None = None
         self.counts = RecordCounts()
+        self.configuration = setting.configuration
+        self.trends = Trends(station, config.limits)
         self._unjudged, self._unjudged_why = 0, ""
-        self._station, self._outbox, self._evidence, self._output = station, outbox, evidence, output
-        self.configuration = configuration
-        self._clock_ok, self._simulated, self._held_up = clock_ok, simulated, held_up
+        self._station, self._setting, self._output = station, setting, setting.output
+        self._simulated, self._held_up = simulated, held_up
+
+    def begin(self, inspectors: Inspectors) -> None:
+        """From now on parts are judged by these."""
+        self.configuration = inspectors.configuration
+        manifests = {name: engine.bundle.manifest for name, engine in inspectors.engines.items()}
+        self.trends.begin({name: manifest.calibration.scores for name, manifest in manifests.items()})
 
     def finish(
         self,
@@ -86,7 +98,7 @@ class Recorder:
         result = Result(
             station=self._station, trigger_id=trigger.trigger_id, part_id=trigger.part_id, product=trigger.product,
             verdict=verdict, reason=reason, detail=detail[:256], state="completed" if recipe is not None else "failed",
-            simulated=self._simulated(), clock_ok=self._clock_ok(), triggered_at=trigger.triggered_at,
+            simulated=self._simulated(), clock_ok=self._setting.clock_ok(), triggered_at=trigger.triggered_at,
             captured_at=shown[0].captured_at if shown else None, decided_at=utc_now(), expires_at=trigger.expires_at,
             recipe=recipe, configuration=self.configuration, findings=inspection.findings,
             times_ms=times if recipe is not None else Times(total=round(total_ms, 2)),
@@ -97,31 +109,31 @@ class Recorder:
             self._unjudged, self._unjudged_why = self._unjudged + 1, f"{reason.value}: {detail}"
         if verdict is not Verdict.PASS:
             self._tell(result, trigger)
-        if inspection.views:
-            title = f"{self._station}  part {trigger.part_id or trigger.trigger_id}  {verdict.value}"
-            result = result.model_copy(update={"evidence": self._evidence.keep(inspection.views, title)})
-        self._store(result, trigger)
+        self.trends.add(inspection.verdict, inspection.findings)
+        evidence = self._setting.evidence.offer(result, frames or {}, inspection.views)
+        self._store(result if evidence is None else result.model_copy(update={"evidence": evidence}), trigger)
 
     def causes(self) -> list[Cause]:
         """What is wrong with what was found lately."""
-        if self._unjudged < UNJUDGED_TOLD:
-            return []
-        text = f"the last {self._unjudged} parts could not be judged: {self._unjudged_why}"
-        return [Cause(code="nothing_judged", severity="failure", thing=self._station, text=text)]
+        causes = self.trends.causes()
+        if self._unjudged >= UNJUDGED_TOLD:
+            text = f"the last {self._unjudged} parts could not be judged: {self._unjudged_why}"
+            causes.append(Cause(code="nothing_judged", severity="failure", thing=self._station, text=text))
+        return causes
 
     def _store(self, result: Result, trigger: Trigger) -> None:
         """Hand over to the outbox; while that is full, hold everything up: what is not accepted must not be forgotten."""
         while True:
             try:
-                future = self._outbox.submit(result, expires_s=trigger.expires_s)
-                future.add_done_callback(partial(self._stored, result.verdict, trigger))
+                future = self._setting.outbox.submit(result, expires_s=trigger.expires_s)
+                future.add_done_callback(partial(self._stored, result.verdict, trigger, time.monotonic()))
                 break
             except OutboxError as error:
                 if not self._held_up():
                     log.error("no record of trigger %s: %s", trigger.trigger_id, error)
                     break
 
-    def _stored(self, told: Verdict, trigger: Trigger, future: Future[Result]) -> None:
+    def _stored(self, told: Verdict, trigger: Trigger, decided_s: float, future: Future[Result]) -> None:
         """The record is on disk (this is the committer's thread)."""
         if future.exception() is not None:
             return
@@ -130,6 +142,8 @@ class Recorder:
         counts.passed += result.verdict is Verdict.PASS
         counts.failed += result.verdict is Verdict.FAIL
         counts.undecided += result.verdict is Verdict.UNDECIDED
+        if self._setting.metrics is not None:
+            self._setting.metrics.count(result, (time.monotonic() - decided_s) * 1e3)
         if told is Verdict.PASS and time.monotonic() <= trigger.expires_s:
             self._tell(result, trigger)
         level = logging.DEBUG if result.verdict is Verdict.PASS else logging.INFO

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections import deque
@@ -55,9 +56,10 @@ class Shadow:
             return
         self.counts.disagreements += 1
         kept = self._evidence.keep(
+            "failed", hashlib.sha256(f"shadow/{trigger.trigger_id}/{trigger.triggered_at}".encode()).hexdigest(), frames,
             (*told.views, *second.views),
             f"{trigger.part_id or trigger.trigger_id}  {told.verdict.value}, then {second.verdict.value}",
-        )
+        )  # fmt: skip
         self.kept.append(
             Disagreement(
                 trigger_id=trigger.trigger_id,

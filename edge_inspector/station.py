@@ -11,27 +11,27 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import count
 from types import TracebackType
 
-from edge_inspector.cameras import Camera, CameraState, Source
+from edge_inspector.cameras import Camera, CameraState
 from edge_inspector.config import StationConfig
 from edge_inspector.errors import CameraEnded, EngineLost, InspectorError
-from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import Frame, Trigger, utc_now
 from edge_inspector.inspector import Inspection, Inspectors
 from edge_inspector.matching import Matcher, Part
 from edge_inspector.messages import Cause, EngineState, Ready
-from edge_inspector.outbox import Outbox
-from edge_inspector.outputs import Outputs
 from edge_inspector.recipes import Recipe
 from edge_inspector.recorder import RecordCounts, Recorder, Voice
-from edge_inspector.results import ConfigurationRef, Reason, Verdict
+from edge_inspector.results import Reason, Verdict
+from edge_inspector.selftest import SelfTest
+from edge_inspector.setting import Setting
 from edge_inspector.shadow import Shadow
 from edge_inspector.threads import Thread
+from edge_inspector.trends import Trends
 
 log = logging.getLogger(__name__)
 
@@ -42,30 +42,9 @@ LOST_TOLD = 64
 _WAIT_S = 0.25
 _MATCH_WAIT_S = 0.01
 """An image that is missing becomes known by time, not by an event."""
-_LATELY_S = 60.0
 _BUILDING_EVERY_S = 1.0
 _PARKED_S = 60.0
 """The daemon has left long before."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a station shares with the rest of the device."""
-
-    outbox: Outbox
-    evidence: EvidenceStore
-    configuration: ConfigurationRef
-    session: str
-    make_source: Callable[[str], Source]
-    """Camera name -> fresh source."""
-    inspectors: Callable[[Callable[[str, str, int, int], None]], Inspectors]
-    """Opens what judges; tells of a build (bundle, phase, step, steps). Raises InspectorError."""
-    clock_ok: Callable[[], bool]
-    watch: Callable[[str], Callable[[], None]]
-    """Loop name -> its tick."""
-    forget: Callable[[str], None]
-    output: Outputs | None = None
-    """Its wires to the line."""
 
 
 class Station:
@@ -87,7 +66,7 @@ class Station:
         self.cameras: dict[str, Camera] = {}
         self._triggers: queue.Queue[Trigger] = queue.Queue(QUEUE)
         self._matcher = Matcher.of(config) if config.trigger == "hardware" else None
-        self._unfitting, self._unfitting_s = 0, float("-inf")
+        self._self_test = SelfTest(name, config.self_test)
         self._wake = threading.Event()
         self._wanted: Inspectors | None = None
         self._ordered: str | None = None
@@ -99,10 +78,7 @@ class Station:
         self._tick: Callable[[], None] = lambda: None
         self._free_ids = count(1)
         self._closing = threading.Event()
-        self._recorder = Recorder(
-            name, setting.outbox, setting.evidence, setting.output, setting.configuration, clock_ok=setting.clock_ok,
-            simulated=lambda: self._simulated, held_up=self._held_up,
-        )  # fmt: skip
+        self._recorder = Recorder(name, config, setting, simulated=lambda: self._simulated, held_up=self._held_up)
         self._stack = ExitStack()
         self._thread = Thread(target=self._run, name=f"station-{name}", daemon=True)
 
@@ -140,6 +116,11 @@ class Station:
     @voice.setter
     def voice(self, voice: Voice) -> None:
         self._recorder.voice = voice
+
+    @property
+    def trends(self) -> Trends:
+        """What its parts say together."""
+        return self._recorder.trends
 
     @property
     def counts(self) -> RecordCounts:
@@ -181,11 +162,15 @@ class Station:
             self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.OVERLOAD, f"{QUEUE} triggers wait already"))
 
     def command(self, name: str, product: str | None) -> None:
-        """`select-product`, `halt` or `start`. Raises InspectorError."""
+        """`select-product`, `halt`, `start` or `self-test`. Raises InspectorError."""
         if name == "halt":
             self._halted = True
         elif name == "start":
             self._halted = False
+        elif name == "self-test":
+            if self.inspectors is None:
+                raise InspectorError(f"station {self.name}: its networks are not open: {self._why}")
+            self._self_test.order()
         elif name == "select-product":
             if product not in self.config.products:
                 raise InspectorError(
@@ -193,7 +178,7 @@ class Station:
                 )
             self._ordered = product
         else:
-            raise InspectorError(f"no command {name!r}", hint="allowed: select-product, halt, start")
+            raise InspectorError(f"no command {name!r}", hint="allowed: select-product, halt, start, self-test")
         log.info("station %s: %s %s by command", self.name, name, product or "")
         self._tell_ready()
 
@@ -224,15 +209,11 @@ class Station:
             if camera.state is CameraState.FAULT:
                 thing = f"{self.name}/{name}"
                 causes.append(Cause(code="camera_fault", severity="failure", thing=thing, text=camera.fault))
-        causes += self._recorder.causes()
-        if self._matcher is not None and time.monotonic() - self._unfitting_s < _LATELY_S:
-            counts = self._matcher.counts
-            text = f"since the start: {counts.extra} images without a part, {counts.bounced} too soon after another"
-            causes.append(Cause(code="images_unfitting", severity="off_spec", thing=self.name, text=text))
-        output = self.setting.output
-        if output is not None and time.monotonic() - output.missed_s < _LATELY_S:
-            text = f"{output.counts.missed} verdicts since the start came when their part had passed the diverter"
-            causes.append(Cause(code="output_missed", severity="failure", thing=self.name, text=text))
+        causes += [*self._recorder.causes(), *self._self_test.causes()]
+        if self._matcher is not None:
+            causes += self._matcher.causes(self.name, time.monotonic())
+        if self.setting.output is not None:
+            causes += self.setting.output.causes()
         if self._halted:
             causes.append(Cause(code="halted", severity="check_function", thing=self.name, text="halted by command"))
         return causes
@@ -245,10 +226,7 @@ class Station:
             self._tick = self.setting.watch(self._thread.name)
             while not self._closing.is_set():
                 self._tick()
-                if self._wanted is not None:
-                    self._swapped(self._wanted)
-                if self._camera_fault() != self._told_fault:
-                    self._tell_ready()
+                self._between_parts()
                 if self._matcher is not None:
                     self._matched_parts(self._matcher)
                 elif self.config.trigger == "free" and self._judges:
@@ -265,6 +243,14 @@ class Station:
         if isinstance(self.failure, EngineLost):  # PyCUDA aborts the process when a thread ends whose context it could not pop
             threading.Event().wait(_PARKED_S)
 
+    def _between_parts(self) -> None:
+        if self._wanted is not None:
+            self._swapped(self._wanted)
+        if self.inspectors is not None and self._self_test.is_due:
+            self._test(self.inspectors)
+        if self._camera_fault() != self._told_fault:
+            self._tell_ready()
+
     def _prepare(self) -> None:
         """Open and warm every engine and judge its samples; a bundle that fails leaves the station not ready."""
         try:
@@ -280,10 +266,23 @@ class Station:
     def _swapped(self, inspectors: Inspectors) -> None:
         """Between two parts: judge with these from now on."""
         self.inspectors = inspectors
-        self._recorder.configuration = inspectors.configuration
+        self._recorder.begin(inspectors)
         if self._wanted is inspectors:
             self._wanted = None
+        self._self_test.passed()  # whoever opened the networks has judged their samples
+        self._become_operational()
+
+    def _become_operational(self) -> None:
         self._become("ready" if self.config.trigger == "software" else "continuous_execution")
+
+    def _test(self, inspectors: Inspectors) -> None:
+        """Between two parts: judge the samples of all bundles. While they fail no part is judged, if that is required."""
+        self._become("preoperational", "self-test")
+        self._self_test.run(inspectors.engines)
+        if self._self_test.blocks:
+            self._become("error", f"self-test: {self._self_test.fault}")
+        else:
+            self._become_operational()
 
     def _building(self, bundle: str, phase: str, step: int, steps: int) -> None:
         """Tell how far the engine of a bundle is, once a second. Raises InspectorError, which ends the build, at the end."""
@@ -308,7 +307,7 @@ class Station:
         ready = Ready.model_validate({
             "schema": "ei.ready.v1", "station": self.name, "state": state, "busy": busy,
             "ready": state in ("ready", "continuous_execution") and not why, "product": self._product, "recipe": recipe,
-            "reason": why, "session": self.setting.session,
+            "reason": why, "session": self.setting.session, "tested_at": self._self_test.at,
         })  # fmt: skip
         self.voice.retain(ready, "ready", self.name)
 
@@ -375,9 +374,6 @@ class Station:
                 ended += 1
         for part in matcher.due(time.monotonic()):
             self._matched_part(part)
-        unfitting = matcher.counts.extra + matcher.counts.bounced
-        if unfitting != self._unfitting:
-            self._unfitting, self._unfitting_s = unfitting, time.monotonic()
         if ended == len(self.cameras):
             self.ended.set()
 

@@ -99,11 +99,15 @@ class Watchdog:
         with self._lock:
             self._ticks.pop(name, None)
 
-    def hanging(self) -> list[str]:
-        """Loops that have not ticked in time."""
+    def silent_s(self) -> dict[str, float]:
+        """Seconds since each loop ticked."""
         now = time.monotonic()
         with self._lock:
-            return sorted(name for name, at in self._ticks.items() if now - at > self.patience_s)
+            return {name: now - at for name, at in self._ticks.items()}
+
+    def hanging(self) -> list[str]:
+        """Loops that have not ticked in time."""
+        return sorted(name for name, silent in self.silent_s().items() if silent > self.patience_s)
 
     def ping(self) -> list[str]:
         """Tell systemd that all is well, unless a loop hangs; returns those that do."""

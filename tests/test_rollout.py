@@ -161,7 +161,14 @@ def test_a_release_that_judges_otherwise_is_refused_with_the_parts_it_differs_on
     assert told["shadow"]["disagreements"] > 0.4 * told["shadow"]["parts"]
     for one in told["shadow"]["latest"]:
         assert (one["old"], one["new"]) == ("pass", "fail")
-        kept = plant.device / "state" / "evidence" / f"{one['evidence']['id'].removeprefix('sha256:')[:32]}.jpg"
+        kept = (
+            plant.device
+            / "state"
+            / "evidence"
+            / "failed"
+            / one["evidence"]["id"].removeprefix("sha256:")[:32]
+            / "explanation.jpg"
+        )
         until(kept.exists, what="a picture")
 
 

@@ -11,17 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from edge_inspector import health
 from edge_inspector.cli import service
 from edge_inspector.config import Device, DeviceConfig
-from edge_inspector.evidence import EvidenceStore
-from edge_inspector.inspector import View
 from edge_inspector.messages import Cause
 from edge_inspector.outbox import Counts
-from edge_inspector.results import BundleRef, EngineRef, Finding, Reason, Region, Verdict
 from edge_inspector.systemd import JournalHandler, Watchdog, is_journal, notify
 from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, needed, until
 
@@ -129,36 +125,6 @@ def test_a_device_below_etc_keeps_its_state_below_var_lib_and_systemd_hands_its_
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/x")
     assert device.path("credentials/broker-password") == Path("/run/credentials/x/credentials_broker-password")
     assert device.path("keys/ca.pem") == Path("/etc/edge-inspector/press-1/keys/ca.pem")
-
-
-def view(seed: int) -> View:
-    seen = np.random.default_rng(seed).integers(0, 255, (64, 64, 3), np.uint8)
-    region = Region(x_px=1, y_px=2, w_px=3, h_px=4, area_px=12, peak=2.0)
-    finding = Finding(
-        camera="top", roi="all", verdict=Verdict.FAIL, reason=Reason.ABOVE_THRESHOLD, score=2.0, threshold=1.0, ratio=2.0,
-        bundle=BundleRef(name="b", release=1, sha256="ab"), engine=EngineRef(runtime="x", precision="fp32"), regions=(region,),
-    )  # fmt: skip
-    return View(finding, seen, (seen[:, :, 0] / 100).astype(np.float32), seen, (0, 0))
-
-
-def test_evidence_is_kept_within_its_quota_newest_last(tmp_path: Path) -> None:
-    with EvidenceStore(tmp_path, quota_mb=1) as store:
-        kept = []
-        for seed in range(40):
-            evidence = store.keep([view(seed)], "part")
-            assert evidence is not None
-            assert evidence.stored
-            kept.append(store.path(evidence.id))
-            until(kept[-1].exists, what="picture")
-        assert sum(p.stat().st_size for p in tmp_path.glob("*.jpg")) <= 1 << 20
-        assert kept[-1].exists()
-        assert not kept[0].exists()
-        assert store.keep([], "nothing failed") is None
-    with EvidenceStore(tmp_path / "none", quota_mb=0) as store:
-        refused = store.keep([view(1)], "part")
-        assert refused is not None
-        assert not refused.stored
-    assert store.dropped == 1
 
 
 def test_the_gravest_cause_is_the_status(tmp_path: Path) -> None:

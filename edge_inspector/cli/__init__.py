@@ -27,6 +27,7 @@ for _verb in (
     online.capture,
     online.build,
     online.watch,
+    online.replay,
     online.schema,
 ):
     app.command()(_verb)

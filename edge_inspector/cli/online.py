@@ -167,6 +167,43 @@ def run(config: ConfigOption = Path("device.yaml"), verbose: Annotated[bool, typ
     )  # fmt: skip
 
 
+def replay(
+    result_id: Annotated[str, typer.Argument(help="of a result: its result_id, STREAM-SEQ", metavar="RESULT_ID")],
+    config: ConfigOption = Path("device.yaml"),
+    as_json: JsonOption = False,
+) -> None:
+    """Judge a part again from its kept frames, explain any difference. Exit code 0: same verdict, 1: another, 2: trouble."""
+    from edge_inspector.config import load_device  # noqa: PLC0415
+    from edge_inspector.replay import replay as again  # noqa: PLC0415
+
+    logging.basicConfig(level=logging.ERROR)
+    with progress_bar() as shown:
+        tell = phases(shown)
+        judged = again(
+            load_device(config), result_id, lambda bundle, phase, step, steps: tell(f"{bundle}: {phase}", step, steps)
+        )
+    then, now = judged.then, judged.now
+    if as_json:
+        print_json({
+            "then": then.model_dump(mode="json", by_alias=True, exclude_none=True),
+            "now": {"verdict": now.verdict.value, "reason": now.reason.value, "detail": now.detail,
+                    "findings": [f.model_dump(mode="json", exclude_none=True) for f in now.findings]},
+            "same_verdict": judged.is_same, "reasons": judged.reasons,
+        })  # fmt: skip
+    else:
+        out.print(f"then  {one_line(then)}")
+        result = then.model_copy(
+            update={"verdict": now.verdict, "reason": now.reason, "detail": now.detail, "findings": now.findings,
+                    "times_ms": now.times_ms}
+        )  # fmt: skip
+        out.print(f"now   {one_line(result)}")
+        for reason in judged.reasons:
+            out.print(f"      {escape(reason)}")
+        if not judged.reasons:
+            out.print("      the same recipe, networks and scores")
+    raise typer.Exit(0 if judged.is_same else 1)
+
+
 def demo(
     folder: Annotated[Path, typer.Argument(help="where to keep pictures of failed parts")] = Path("demo-out"),
     engines: Annotated[Path | None, typer.Option(help="the folder that holds the demo's bundle and recording")] = None,
@@ -191,7 +228,7 @@ def demo(
         pictures.mkdir(exist_ok=True)
         for old in pictures.glob("*.jpg"):
             old.unlink()
-        saved = [p.replace(pictures / p.name) for p in kept if p.exists()]
+        saved = [p.replace(pictures / f"{p.parent.name}.jpg") for p in kept if p.exists()]
     counts = ", ".join(f"{summary.verdicts[v]} {v}" for v in ("pass", "fail", "undecided"))
     out.print()
     out.print(f"[bold]{summary.parts} parts in {summary.wall_s:.1f} s: {counts}[/bold]")

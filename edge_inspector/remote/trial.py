@@ -77,6 +77,14 @@ class State(Model):
     history: tuple[AuditEntry, ...] = ()
 
 
+def state_of(path: Path) -> State:
+    """What is on disk; nothing is changed by looking. Raises OSError, ValueError, SchemaError."""
+    try:
+        return validate(State, json.loads(path.read_bytes()), str(path))
+    except FileNotFoundError:
+        return State()
+
+
 def boot_time() -> tuple[str, float]:
     """This boot of the machine, and seconds since: no wall clock that may jump, and it goes on while the machine sleeps."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -301,9 +309,7 @@ class Trials:
 
     def _read(self) -> State:
         try:
-            return validate(State, json.loads(self.path.read_bytes()), str(self.path))
-        except FileNotFoundError:
-            return State()
+            return state_of(self.path)
         except OSError as error:
             raise InspectorError(f"{self.path}: {error.strerror}", hint="check the state folder and its disk") from error
         except (ValueError, InspectorError) as error:

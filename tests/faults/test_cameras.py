@@ -30,7 +30,8 @@ from edge_inspector.outbox import Outbox
 from edge_inspector.recipes import Recipe
 from edge_inspector.results import Reason, Result, Verdict
 from edge_inspector.runtime import OnnxEngine
-from edge_inspector.station import Setting, Station
+from edge_inspector.setting import Setting
+from edge_inspector.station import Station
 from tests.faults.rigs import RIGS, Aravis, Rig, Rtsp
 from tests.line import until
 from tests.tiny import tiny_bundle
