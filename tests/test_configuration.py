@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from edge_inspector import durable
 from edge_inspector.config import parse_line
 from edge_inspector.errors import InspectorError
-from edge_inspector.remote import durable
 from edge_inspector.remote.configuration import Configuration
 from edge_inspector.remote.orders import Authority
 

@@ -22,10 +22,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from edge_inspector import durable
 from edge_inspector.errors import Fault, InspectorError
 from edge_inspector.frames import utc_now
 from edge_inspector.messages import AuditEntry, Cause, Confirm, FaultFacts, Outcome, TrialFacts
-from edge_inspector.remote import durable
 from edge_inspector.results import Moment
 from edge_inspector.schema import Field, Model, validate
 

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from edge_inspector import durable
 from edge_inspector.bundles import Bundle, open_bundle
 from edge_inspector.errors import BundleDamaged, EngineRefused, InspectorError
 from edge_inspector.frames import utc_now
@@ -74,7 +75,7 @@ def _make(order: Order, tell: Tell) -> None:
     except EngineRefused as refused:
         record = record.model_copy(update={"refused": refused.message, "built_at": utc_now()})
         engine.unlink(missing_ok=True)
-    _write(told, record.model_dump_json(by_alias=True, indent=1).encode())
+    durable.write(told, record.model_dump_json(by_alias=True, indent=1).encode())
 
 
 def _compiled(bundle: Bundle, record: EngineRecord, engine: Path, cache: Path, tell: Tell) -> EngineRecord:
@@ -82,8 +83,8 @@ def _compiled(bundle: Bundle, record: EngineRecord, engine: Path, cache: Path, t
     timings = cache.read_bytes() if cache.exists() and cache.stat().st_size < _CACHE_BYTES else b""
     graph = precision.converted(bundle.network.read_bytes(), record.precision)
     plan, timings = tensorrt.compiled(tensorrt.load(), graph, record.batch, tell, timings)
-    _write(cache, timings)
-    _write(engine, plan)
+    durable.write(cache, timings)
+    durable.write(engine, plan)
     return record.model_copy(
         update={
             "build_s": round(time.monotonic() - began, 1),
@@ -91,16 +92,6 @@ def _compiled(bundle: Bundle, record: EngineRecord, engine: Path, cache: Path, t
             "engine_sha256": hashlib.sha256(plan).hexdigest(),
         }
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all, also where the power fails."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 if __name__ == "__main__":
