@@ -210,7 +210,7 @@ def test_commands_halt_start_and_select_a_product(tmp_path: Path, mosquitto: Mos
         assert "allowed: paper" in listener.of("reply", "hmi")[-2]["error"]["hint"]
 
 
-def test_the_last_will_says_offline_after_a_kill_and_a_stop_says_it_at_once(tmp_path: Path, mosquitto: Mosquitto) -> None:
+def test_a_stop_says_offline_at_once(tmp_path: Path, mosquitto: Mosquitto) -> None:
     folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
     with listening(mosquitto.port) as listener, DaemonProcess(folder) as daemon:
         until(lambda: any(s["online"] for s in listener.of("state")), what="online")
@@ -218,10 +218,6 @@ def test_the_last_will_says_offline_after_a_kill_and_a_stop_says_it_at_once(tmp_
         assert daemon.stop(3.0) == 0
         assert time.monotonic() - began < 3.0
         until(lambda: not listener.of("state")[-1]["online"], 2.0, "offline after stop")
-        daemon.start()
-        until(lambda: listener.of("state")[-1]["online"], what="online again")
-        daemon.kill()
-        until(lambda: not listener.of("state")[-1]["online"], 15.0, "offline after kill")
 
 
 def test_sighup_takes_a_new_line_and_refuses_a_bad_one(tmp_path: Path, mosquitto: Mosquitto) -> None:
