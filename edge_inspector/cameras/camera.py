@@ -30,7 +30,7 @@ QUEUE = 8
 _WAIT_S = 0.25
 _ASKED_WAIT_S = 0.02
 """While a triggered image is awaited: for so long may the next trigger wait to be passed on."""
-_BACKOFF_S = (0.2, 5.0)
+_BACKOFF_S = (0.2, 1.5)
 _DRIFT_S = 0.01
 """By which a camera's own clock may run behind what we know of it."""
 _STREAM_LATENCY_S = 0.3
