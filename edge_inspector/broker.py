@@ -138,7 +138,7 @@ class Broker:
 
     def verdict(self, verdict: VerdictMessage) -> bool:
         """Tell the diverter, at once or never; returns whether there was a connection."""
-        left_s = (verdict.expires_at - utc_now()).total_seconds()
+        left_s = min((verdict.expires_at - utc_now()).total_seconds(), self.stations[verdict.station].expires_ms / 1000)
         topic = self.topics.of("verdict", verdict.station)
         return self.connection.publish(topic, messages.encode(verdict), expires_s=left_s) is not None
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Protocol
 
@@ -157,5 +158,6 @@ class Recorder:
     def _tell(self, result: Result, trigger: Trigger) -> None:
         if self._output is not None:
             self._output.verdict(result.verdict, trigger.received_s, trigger.expires_s)
-        if self.voice is not None:
-            self.voice.verdict(verdict_of(result))
+        if self.voice is not None:  # the clock may have jumped since the trigger: until when is told by what it shows now
+            expires_at = utc_now() + timedelta(seconds=trigger.expires_s - time.monotonic())
+            self.voice.verdict(verdict_of(result).model_copy(update={"expires_at": expires_at}))
