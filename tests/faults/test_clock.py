@@ -41,7 +41,7 @@ version: {version}
 stations:
   press:
     trigger: software
-    expires_ms: 2000
+    expires_ms: 30000
     product: tiny
     products: {{tiny: whole}}
     cameras: {{top: {{uri: "dir://{pictures}?loop=1"}}}}
@@ -180,7 +180,7 @@ def test_an_hour_more_and_less_moves_no_timeout_and_no_part_and_keeps_no_verdict
         """It will be away; the broker keeps for it what it missed."""
     with listening(mosquitto.port) as listener, subscribing(mosquitto.port) as subscriber, rig.daemon:
         ready(listener)
-        with rig.plant.parts(listener, 0.05) as sent:
+        with rig.plant.parts(listener, 0.1) as sent:
             for number in range(ROUNDS):
                 jumped(rig, listener, number)
         results = collected(subscriber, len(sent) + ROUNDS)
@@ -203,8 +203,8 @@ def test_a_device_that_starts_in_1970_judges_in_time_and_says_that_its_clock_is_
     rig.clock.set(HOUR_S - int(time.time()), UNSYNCHRONISED)
     with listening(mosquitto.port) as listener, subscribing(mosquitto.port) as subscriber, rig.daemon:
         ready(listener)
-        with rig.plant.parts(listener, 0.05) as sent:
-            until(lambda: len(sent) > 20, what="parts")
+        with rig.plant.parts(listener, 0.1) as sent:
+            until(lambda: len(sent) > 10, what="parts")
             camera.do("hang")
             time.sleep(SETTLES_S)
             until_s = datetime.fromtimestamp(time.time() + 10 * EXPIRES_S, timezone.utc).isoformat()
