@@ -20,7 +20,7 @@ from edge_inspector import pictures
 from edge_inspector.cameras import Camera, CameraState, open_source
 from edge_inspector.cameras.mjpeg import MjpegSource
 from edge_inspector.cameras.sources import video_devices
-from edge_inspector.cameras.synthetic import draw_part
+from edge_inspector.cameras.synthetic import SyntheticSource, draw_part
 from edge_inspector.config import CameraConfig, parse_line
 from edge_inspector.errors import CameraEnded, CameraError, SchemaError
 from edge_inspector.frames import Frame
@@ -122,6 +122,22 @@ def test_a_setting_that_was_not_taken_is_refused() -> None:
     config = CameraConfig(uri="synthetic://?width=64&height=64", width=128)
     with pytest.raises(CameraError, match="width 64, the configuration sets 128"):
         open_source(config, Path("/")).open()
+
+
+def test_a_source_that_cannot_even_be_closed_is_replaced_all_the_same() -> None:
+    class Clumsy(SyntheticSource):
+        def read(self, timeout_s: float) -> Frame | None:
+            if self._seq == 3:
+                raise CameraError("unplugged")
+            return super().read(timeout_s)
+
+        def close(self) -> None:
+            super().close()
+            raise OSError("still open")
+
+    config = CameraConfig(uri="synthetic://?fps=30")
+    with Camera("top", config, lambda: Clumsy(config, Path("/"))) as source:
+        assert {frame.epoch for frame in taken(source, 8)} >= {0, 1, 2}
 
 
 @pytest.mark.parametrize("fault", ["hang", "crash", "unplug", "silent"])

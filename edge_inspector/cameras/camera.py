@@ -10,6 +10,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import islice
@@ -205,7 +206,8 @@ class Camera:
         while not self._closing.is_set():
             source, delivered = self._make(), self.counts.frames
             try:
-                self._supervise(source)
+                with closing(source):
+                    self._supervise(source)
             except CameraEnded as error:
                 self._become(CameraState.ENDED, error.message)
             except CameraError as error:
@@ -215,8 +217,6 @@ class Camera:
             except Exception as error:  # root of a thread: a driver's surprise is a fault of this camera only
                 log.exception("camera %s", self.name)
                 self._become(CameraState.FAULT, f"{self.config.name}: {error}")
-            finally:
-                source.close()
             if self.state is CameraState.ENDED:
                 break
             if self.counts.frames > delivered:
