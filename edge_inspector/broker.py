@@ -222,11 +222,9 @@ class Broker:
 
     def _head(self, station: str) -> Head:
         head = self.outbox.head(station)
-        gaps = self.outbox.gaps(station, head.lo, head.hi, _MAX_GAPS + 1)
-        omitted = max(0, len(gaps) - _MAX_GAPS)
-        return Head(
-            station=station, stream=head.stream, lo=head.lo, hi=head.hi, gaps=tuple(gaps[omitted:]), gaps_omitted=omitted
-        )
+        gaps = self.outbox.gaps(station, head.lo, head.hi, _MAX_GAPS)
+        omitted = self.outbox.gap_count(station, head.lo, head.hi) - len(gaps) if len(gaps) == _MAX_GAPS else 0
+        return Head(station=station, stream=head.stream, lo=head.lo, hi=head.hi, gaps=tuple(gaps), gaps_omitted=max(0, omitted))
 
     # --- results out
 

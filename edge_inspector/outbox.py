@@ -315,6 +315,14 @@ class Outbox:
             ).fetchall()
         return [(max(lo, a), min(hi, b)) for a, b in reversed(rows)]
 
+    def gap_count(self, station: str, lo: int, hi: int) -> int:
+        """How many ranges within lo..hi a quota dropped."""
+        with self._reading:
+            row = self._reader.execute(
+                "SELECT COUNT(*) FROM gaps WHERE station = ? AND hi >= ? AND lo <= ?", (station, lo, hi)
+            ).fetchone()
+        return int(row[0])
+
     # --- the committer
 
     def _run(self) -> None:
