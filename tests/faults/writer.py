@@ -2,7 +2,8 @@
 
 python -m tests.faults.writer FOLDER LEDGER NAME
 
-One line each: `taken TRIGGER` once a trigger is journalled, `stored SEQ TRIGGER` once a result is on disk, `refused WHAT`.
+One line each: `taken TRIGGER` once a trigger is journalled, `stored SEQ TRIGGER` once a result is on disk, `refused KIND NAME`,
+`handed N` when it ends by itself.
 Ends by being killed, or once a file `enough` lies beside the ledger.
 """
 
@@ -14,7 +15,7 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -41,7 +42,8 @@ class Ledger:
         lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
         self.taken = [line[1] for line in lines if line[0] == "taken"]
         self.stored = {int(line[1]): line[2] for line in lines if line[0] == "stored"}
-        self.refused = [line[1] for line in lines if line[0] == "refused"]
+        self.refused = Counter(line[1] for line in lines if line[0] == "refused")
+        self.handed = sum(int(line[1]) for line in lines if line[0] == "handed")
 
     def missing(self, found: dict[int, str]) -> list[str]:
         """What was accepted and is not there, or not as it was."""
@@ -74,16 +76,16 @@ def write(outbox: Outbox, ledger: int, name: str, enough: Path) -> None:
     """Two futures for each part, as on the line: its trigger's, then its result's."""
 
     def taken(what: str, future: Future[Journalled]) -> None:
-        os.write(ledger, f"refused {what}\n".encode() if future.exception() else f"taken {what}\n".encode())
+        os.write(ledger, f"refused trigger {what}\n".encode() if future.exception() else f"taken {what}\n".encode())
 
     def kept(what: str, future: Future[Result]) -> None:
-        os.write(
-            ledger, f"refused {what}\n".encode() if future.exception() else f"stored {future.result().seq} {what}\n".encode()
-        )
+        line = f"refused result {what}\n" if future.exception() else f"stored {future.result().seq} {what}\n"
+        os.write(ledger, line.encode())
 
     waiting: deque[Future[Result]] = deque()
     for number in count(1):
         if enough.exists():
+            os.write(ledger, f"handed {number - 1}\n".encode())
             return
         what = f"{name}-{number}"
         outbox.journal("s", replace(trigger(number), trigger_id=what)).add_done_callback(partial(taken, what))
@@ -104,7 +106,7 @@ def main(folder: Path, path: Path, name: str) -> None:
             return
         except OutboxError as error:
             log.warning("start refused: %s", error)
-            os.write(ledger, b"refused start\n")
+            os.write(ledger, b"refused start -\n")
 
 
 if __name__ == "__main__":
