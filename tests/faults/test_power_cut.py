@@ -17,11 +17,12 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.faults.writer import Ledger, reopened, writer
+from tests.faults.writer import Ledger, has_stored, reopened, writer
 from tests.line import needed, until
 
 CUTS = 30 if os.environ.get("EDGE_INSPECTOR_LONG") else 3
@@ -82,7 +83,7 @@ def test_what_was_accepted_is_there_after_every_power_cut(tmp_path: Path, disk: 
         process = writer(disk.folder, path, f"cut{cut}", tmp_path / "log")
         try:
             least = rng.randint(*RESULTS_BEFORE_CUT)
-            until(lambda path=path, least=least: len(Ledger(path).stored) >= least, 60, "load")  # type: ignore[misc]
+            until(partial(has_stored, path, least, process), 60, "load")
             known.append(Ledger(path))
             disk.lose_power()
         finally:

@@ -12,12 +12,13 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 from edge_inspector.outbox import Outbox
 from edge_inspector.results import Reason, Verdict
-from tests.faults.writer import Ledger, reopened, writer
+from tests.faults.writer import Ledger, has_stored, reopened, writer
 from tests.line import DaemonProcess, Listener, Mosquitto, listening, needed, subscribing, until
 from tests.plant import Plant, drained, ready
 from tests.test_outbox import result
@@ -162,19 +163,18 @@ def test_parts_get_verdicts_while_the_disk_is_full_and_only_old_passes_are_dropp
 def test_a_disk_that_fails_one_sync_in_ten_loses_nothing_accepted(tmp_path: Path) -> None:
     """The first life is killed under these errors, the second one ends by itself; then the disk is a good one again."""
     needed(shutil.which("fiu-run"), "apt install fiu-utils")
-    errors = [
-        word for call in ("fdatasync", "fsync")
-        for word in ("-c", f"enable_random name=posix/io/sync/{call},probability=0.1,failinfo=5")
-    ]  # fmt: skip
+    chances = {"sync/fdatasync": 0.1, "sync/fsync": 0.1, "rw/pwrite": 0.02}
+    points = [f"enable_random name=posix/io/{name},probability={chance},failinfo=5" for name, chance in chances.items()]
+    errors = [word for point in points for word in ("-c", point)]
     folder, log = tmp_path / "state", tmp_path / "log"
     ledgers = [tmp_path / name / "ledger" for name in ("killed", "ended")]
     for path in ledgers:
         path.parent.mkdir()
         process = writer(folder, path, path.parent.name, log, ["fiu-run", "-x", *errors])
         try:
-            least = log.read_text().count(AGAIN) + FAILED if log.exists() else FAILED
-            until(lambda path=path: len(Ledger(path).stored) >= STORED, 300, "results")  # type: ignore[misc]
-            until(lambda least=least: log.read_text().count(AGAIN) >= least, 300, "failures")  # type: ignore[misc]
+            until(partial(has_stored, path, STORED, process), 300, "results")
+            least = log.read_text().count(AGAIN) + FAILED  # right after one of them the process is killed
+            until(lambda least=least: log.read_text().count(AGAIN) >= least, 60, "failures")  # type: ignore[misc]
             if path.parent.name == "ended":
                 path.with_name("enough").touch()
                 assert process.wait(60) == 0

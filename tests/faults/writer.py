@@ -72,6 +72,12 @@ def writer(folder: Path, ledger: Path, name: str, log: Path, under: Sequence[str
         return subprocess.Popen(command, stdout=file, stderr=file)
 
 
+def has_stored(ledger: Path, least: int, process: subprocess.Popen[bytes]) -> bool:
+    """Whether so many results are said to be stored. Fails once the process has ended."""
+    assert process.poll() is None, "the writer ended by itself"
+    return len(Ledger(ledger).stored) >= least
+
+
 def write(outbox: Outbox, ledger: int, name: str, enough: Path) -> None:
     """Two futures for each part, as on the line: its trigger's, then its result's."""
 
