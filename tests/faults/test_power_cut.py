@@ -64,9 +64,9 @@ class Disk:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    needed(shutil.which("mkfs.ext4"), "apt install e2fsprogs")
     if os.geteuid():
         pytest.skip("mounting a disk of its own needs root")
+    needed(shutil.which("mkfs.ext4"), "apt install e2fsprogs")
     disk = Disk(tmp_path)
     if why := disk.mount():
         pytest.skip(f"no loop mounts here: {why}")
