@@ -61,7 +61,8 @@ class Mes:
         """What each life of the process got, in the order in which it came."""
         lives: list[list[Received]] = []
         path = self.folder / "received"
-        for line in path.read_text().splitlines() if path.exists() else ():
+        written = path.read_text().rpartition("\n")[0] if path.exists() else ""  # it may be in the middle of a line
+        for line in written.splitlines():
             if line == "start":
                 lives.append([])
             else:
@@ -75,8 +76,8 @@ class Mes:
             return None
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 1024))
-            last = file.read().decode().splitlines()[-1]
-        return None if last == "start" else _read(last)
+            last = file.read().decode().rpartition("\n")[0].splitlines()[-1:]
+        return None if last in ([], ["start"]) else _read(last[0])
 
 
 def _read(line: str) -> Received:

@@ -39,7 +39,8 @@ class Ledger:
     """What the process wrote."""
 
     def __init__(self, path: Path) -> None:
-        lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+        written = path.read_text().rpartition("\n")[0] if path.exists() else ""  # it may be in the middle of a line
+        lines = [line.split() for line in written.splitlines()]
         self.taken = [line[1] for line in lines if line[0] == "taken"]
         self.stored = {int(line[1]): line[2] for line in lines if line[0] == "stored"}
         self.refused = Counter(line[1] for line in lines if line[0] == "refused")
