@@ -174,9 +174,9 @@ class Rig:
     def _cut_off(self) -> None:
         """The device's cable, or the subscriber's; in the long form also for longer than its keepalive of 5 s allows."""
         cable = self.random.choice(self.cables)
-        cable.flowing.clear()
+        cable.swallow()
         self._pause(1.0, 10.0 if LONG else 2.0)
-        cable.flowing.set()
+        cable.mend()
 
     def chaos(self, duration_s: float, *, forgetful: bool) -> None:
         """Faults for so long, and until each kind has been, in an order that the seed gives."""

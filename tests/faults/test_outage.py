@@ -99,11 +99,11 @@ class Line:
         """The broker away for OUTAGE_S; its users come back before the device does. Returns when the device may."""
         self.broker.stop()
         self.listen(OUTAGE_S)
-        self.cable.flowing.clear()
+        self.cable.swallow()
         users = self._users()
         self.broker.start()
         until(lambda: self._users() == users + 2, 30, "the broker's users")
-        self.cable.flowing.set()
+        self.cable.mend()
         return time.time()
 
     def has_caught_up(self, since_s: float) -> bool:
