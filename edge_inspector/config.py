@@ -243,7 +243,7 @@ class SelfTestConfig(Model):
 class LimitsConfig(Model):
     """When the parts of a station say together that something has changed; reasons on health, never verdicts."""
 
-    parts: int = Field(200, ge=20, le=10_000, description="told from the last so many that were judged")
+    parts: int = Field(200, ge=20, le=2000, description="told from the last so many that were judged")
     max_reject_rate: float = Field(0.2, gt=0, le=1, description="of failed parts, beyond all doubt of so few parts")
     drift: bool = Field(True, description="tell when the median score leaves the middle half of the calibration's good parts")
 

@@ -183,7 +183,7 @@ class _Line:
         cameras = {f"{s.name}/{name}": _facts(camera) for s in stations for name, camera in s.cameras.items()}
         dropped = self.broker.refused + self.connection.dropped
         told = self._health = health.assess(causes, self.outbox.counts, self._clock, dropped, cameras)
-        news = (told.status, told.reasons)
+        news = (told.status, [(cause.severity, cause.code, cause.thing) for cause in told.reasons])  # texts hold figures
         if news != self._told or time.monotonic() - self._told_s > HEALTH_EVERY_S:
             self._told, self._told_s = news, time.monotonic()
             self.broker.retain(told, "health")
@@ -248,7 +248,7 @@ def run(
         authority = Authority(topics_of(device).device_path, trust)
         configuration = Configuration(device.state / "configuration.json", partial(load_line, device.line_file), authority)
         updates = Updates(device, configuration, authority, pools, stop)
-        orders: dict[str, tuple[bool, str | None]] = {}
+        orders: dict[str, tuple[bool, str | None, str]] = {}
         while not stop.is_set():
             with ExitStack() as stack:
                 try:

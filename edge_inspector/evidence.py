@@ -6,6 +6,7 @@ explains it to people: the region as seen, its anomaly map, what was expected (J
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -37,6 +38,7 @@ QUEUE_BYTES = 128 << 20
 """So much of their frames, too: they are not free to be used again meanwhile."""
 EXPLANATION = "explanation.jpg"
 _FRAMES = "frames.json"
+_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Kept:
     """A frame that was kept."""
 
     camera: str
-    path: Path
+    path: Path | None
+    """None: there was nothing to keep, the frame came broken."""
     fault: str
     fault_detail: str
 
@@ -59,11 +62,17 @@ class _Job:
 
     @property
     def bytes(self) -> int:
-        return sum(frame.image.nbytes for _, frame in self.frames)
+        shown = 0 if self.worst is None else self.worst.anomaly.nbytes
+        return shown + sum(frame.image.nbytes for _, frame in self.frames)
 
 
 def _name(evidence_id: str) -> str:
     return evidence_id.removeprefix("sha256:")[:32]
+
+
+def _on_disk(size: int) -> int:
+    """What a file takes, in whole blocks: of small parts that is most of it."""
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def place_of(folder: Path, evidence_id: str) -> Path | None:
@@ -83,7 +92,7 @@ def explanation_of(folder: Path, result: Result) -> Path | None:
 def frames_of(place: Path) -> list[Kept]:
     """The frames of a kept part, in the order of its cameras and their taking. Raises OSError, ValueError."""
     return [
-        Kept(entry["camera"], place / entry["file"], entry["fault"], entry["fault_detail"])
+        Kept(entry["camera"], place / entry["file"] if entry["file"] else None, entry["fault"], entry["fault_detail"])
         for entry in json.loads((place / _FRAMES).read_text())
     ]
 
@@ -101,6 +110,7 @@ class EvidenceStore:
         self._kept: dict[str, OrderedDict[str, int]] = {kind: OrderedDict() for kind in SHARES}
         self._jobs: queue.Queue[_Job | None] = queue.Queue(QUEUE)
         self._waiting, self._lock = 0, threading.Lock()
+        self._given_up = False
         self._thread = Thread(target=self._run, name="evidence", daemon=True)
 
     def __enter__(self) -> EvidenceStore:
@@ -109,12 +119,11 @@ class EvidenceStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Write what waits (within two seconds)."""
-        try:
+        """Write what waits (within two seconds); nothing more after that, another store may have begun."""
+        with contextlib.suppress(queue.Full):
             self._jobs.put(None, timeout=1.0)
-        except queue.Full:
-            return
-        self._thread.join(2.0)
+        self._thread.join(1.0)
+        self._given_up = True
 
     def offer(self, result: Result, frames: Mapping[str, Sequence[Frame]], views: Sequence[View]) -> Evidence | None:
         """Hand in a part that was judged; None: its like is not kept. `stored` is False when the writer is behind."""
@@ -156,13 +165,16 @@ class EvidenceStore:
     # --- the thread
 
     def _run(self) -> None:
-        self._look()
-        while (job := self._jobs.get()) is not None:
+        try:
+            self._look()
+        except OSError as error:  # what cannot be counted now is when a next start can
+            log.error("evidence of earlier runs: %s", error)
+        while (job := self._jobs.get()) is not None and not self._given_up:
             try:
                 self._write(job)
-            except (PictureError, OSError) as error:
+            except Exception:  # root of a thread: one part's picture must not cost all others theirs
                 self.dropped += 1
-                log.error("evidence not kept: %s", error)
+                log.exception("evidence not kept")
             self._done(job)
 
     def _done(self, job: _Job | None) -> None:
@@ -170,22 +182,26 @@ class EvidenceStore:
             self._waiting -= job.bytes if job is not None else 0
 
     def _look(self) -> None:
-        """What earlier runs have kept, oldest first; what they did not finish is removed."""
+        """What earlier runs have kept, oldest first; what they did not finish, and what no version keeps now, is removed."""
+        for old in self.folder.glob("*.jpg"):
+            old.unlink()
         for kind, kept in self._kept.items():
             places = [place for place in (self.folder / kind).glob("*") if place.is_dir()]
             for place in sorted(places, key=lambda place: place.stat().st_mtime):
                 if (place / _FRAMES).exists():
-                    kept[place.name] = sum(path.stat().st_size for path in place.iterdir())
+                    kept[place.name] = sum(_on_disk(path.stat().st_size) for path in place.iterdir())
                 else:
                     shutil.rmtree(place, ignore_errors=True)
             self.used[kind] = sum(kept.values())
 
     def _write(self, job: _Job) -> None:
-        files = {f"{n}-{camera}.png": pictures.encoded(frame.image) for n, (camera, frame) in enumerate(job.frames)}
-        told = [
-            {"file": name, "camera": camera, "fault": frame.fault, "fault_detail": frame.fault_detail}
-            for name, (camera, frame) in zip(files, job.frames, strict=True)
-        ]
+        files: dict[str, bytes] = {}
+        told = []
+        for number, (camera, frame) in enumerate(job.frames):
+            name = f"{number}-{camera}.png" if frame.image.size else None  # one that came broken has no pixels
+            told.append({"file": name, "camera": camera, "fault": frame.fault, "fault_detail": frame.fault_detail})
+            if name is not None:
+                files[name] = pictures.encoded(frame.image)
         if job.worst is not None:
             view, finding = job.worst, job.worst.finding
             files[EXPLANATION] = pictures.encoded(
@@ -195,7 +211,7 @@ class EvidenceStore:
                 ".jpg",
             )
         files[_FRAMES] = json.dumps(told).encode()  # last: a part with it is whole
-        size = sum(len(data) for data in files.values())
+        size = sum(_on_disk(len(data)) for data in files.values())
         self._make_room(job.kind, size)
         place = self.folder / job.kind / job.name
         place.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,7 @@ class Metrics(Collector):
         """A result that is on disk; `stored_ms`: since its decision."""
         self._results.labels(result.station, result.verdict.value, result.reason.value).inc()
         self._last.labels(result.station).set(result.decided_at.timestamp())
-        for stage in STAGES:
+        for stage in STAGES if result.state == "completed" else ():  # what was never begun took no time
             self._stages.labels(result.station, stage).observe(getattr(result.times_ms, stage) / 1e3)
         self._record.labels(result.station).observe(stored_ms / 1e3)
         for finding in result.findings:

@@ -139,14 +139,14 @@ class Recorder:
         if future.exception() is not None:
             return
         result = future.result()
+        if told is Verdict.PASS and time.monotonic() <= trigger.expires_s:
+            self._tell(result, trigger)
         counts = self.counts
         counts.passed += result.verdict is Verdict.PASS
         counts.failed += result.verdict is Verdict.FAIL
         counts.undecided += result.verdict is Verdict.UNDECIDED
         if self._setting.metrics is not None:
             self._setting.metrics.count(result, (time.monotonic() - decided_s) * 1e3)
-        if told is Verdict.PASS and time.monotonic() <= trigger.expires_s:
-            self._tell(result, trigger)
         level = logging.DEBUG if result.verdict is Verdict.PASS else logging.INFO
         if log.isEnabledFor(level):
             about = {name: getattr(result, name) for name in ("station", "trigger_id", "part_id", "seq")}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from edge_inspector import messages, pictures
+from edge_inspector.cameras.folder import broken_frame
 from edge_inspector.config import Device, LineConfig, load_line, parse_line
 from edge_inspector.errors import InspectorError
 from edge_inspector.evidence import frames_of, place_of
@@ -49,7 +50,12 @@ def setup_in_force(device: Device) -> Setup:
 
 
 def _kept(device: Device, name: str) -> Kept | None:
-    state = state_of(device.state / name)
+    try:
+        state = state_of(device.state / name)
+    except (OSError, ValueError) as error:
+        raise InspectorError(
+            f"{device.state / name}: {error}", hint="may you read it? The daemon mends what is damaged"
+        ) from error
     return state.trial or state.good
 
 
@@ -80,8 +86,14 @@ def _frames(device: Device, result: Result) -> dict[str, list[Frame]]:
             hint="kept are parts that failed, were undecided, nearly failed, and a few that passed: storage.evidence_mb",
         )
     frames: dict[str, list[Frame]] = {}
-    for number, one in enumerate(frames_of(place)):
-        image = frozen(pictures.read(one.path))
+    try:
+        kept_frames = frames_of(place)
+    except (OSError, ValueError, KeyError) as error:
+        raise InspectorError(
+            f"{place}: cannot be read: {error}", hint="the disk may be damaged, or the quota has just taken it"
+        ) from error
+    for number, one in enumerate(kept_frames):
+        image = frozen(pictures.read(one.path)) if one.path is not None else broken_frame(number, "", "").image
         at = result.captured_at or result.triggered_at
         frames.setdefault(one.camera, []).append(
             Frame(image, number, time.monotonic(), at, fault=one.fault, fault_detail=one.fault_detail)

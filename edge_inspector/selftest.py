@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from datetime import datetime
 
+from edge_inspector.bundles import Sample
 from edge_inspector.config import SelfTestConfig
 from edge_inspector.errors import EngineLost, InspectorError
 from edge_inspector.frames import utc_now
 from edge_inspector.messages import Cause
-from edge_inspector.runtime import Engine, judge_samples
+from edge_inspector.runtime import Engine, judge_sample
 
 
 class SelfTest:
@@ -22,6 +24,7 @@ class SelfTest:
         self._station, self._config = station, config
         self._ordered = threading.Event()
         self._next_s = float("inf")
+        self._left: deque[tuple[Engine, Sample]] = deque()
         self.at: datetime | None = None
         self.fault = ""
         """Why the last one failed."""
@@ -31,34 +34,40 @@ class SelfTest:
         self._ordered.set()
 
     @property
-    def is_due(self) -> bool:
-        """Whether one is ordered, or its time has come."""
-        return self._ordered.is_set() or time.monotonic() >= self._next_s
-
-    @property
     def blocks(self) -> bool:
         """Whether no part may be judged, since samples are not judged as they must be."""
         return bool(self.fault) and self._config.required
 
-    def passed(self) -> None:
-        """The networks were opened, and their samples judged."""
-        self._ended("")
+    def begin(self) -> None:
+        """Other networks judge from now on, opened with their samples judged. What was in doubt stays so until it is tested."""
+        if self.fault or self._left:
+            self._ordered.set()
+        self._left.clear()
+        if not self._ordered.is_set():
+            self._end("")
 
-    def run(self, engines: Mapping[str, Engine]) -> None:
-        """Judge the samples of all bundles. Raises EngineLost."""
+    def step(self, engines: Mapping[str, Engine]) -> bool:
+        """When it is due judge one more sample: parts wait for no more. True: it has just ended. Raises EngineLost."""
+        if not self._left:
+            if not self._ordered.is_set() and time.monotonic() < self._next_s:
+                return False
+            self._ordered.clear()
+            self._left.extend((engine, sample) for engine in engines.values() for sample in engine.bundle.manifest.samples)
+        engine, sample = self._left.popleft()
         try:
-            for engine in engines.values():
-                judge_samples(engine)
+            judge_sample(engine, sample)
         except EngineLost:
             raise
         except InspectorError as error:
-            self._ended(error.message)
-        else:
-            self._ended("")
+            self._left.clear()
+            self._end(error.message)
+            return True
+        if not self._left:
+            self._end("")
+        return not self._left
 
-    def _ended(self, fault: str) -> None:
+    def _end(self, fault: str) -> None:
         self.at, self.fault = utc_now(), fault
-        self._ordered.clear()
         every_h = self._config.every_h
         self._next_s = time.monotonic() + every_h * 3600 if every_h is not None else float("inf")
 
@@ -66,4 +75,7 @@ class SelfTest:
         """What is wrong with the station's networks."""
         if not self.fault:
             return []
-        return [Cause(code="self_test_failed", severity="failure", thing=self._station, text=self.fault)]
+        severity = "failure" if self._config.required else "off_spec"
+        return [Cause.model_validate({
+            "code": "self_test_failed", "severity": severity, "thing": self._station, "text": self.fault
+        })]  # fmt: skip

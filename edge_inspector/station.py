@@ -183,13 +183,15 @@ class Station:
         self._tell_ready()
 
     @property
-    def orders(self) -> tuple[bool, str | None]:
-        """What commands have set: halted, product. It outlives a reload, not a restart."""
-        return self._halted, self._ordered
+    def orders(self) -> tuple[bool, str | None, str]:
+        """What commands have set: halted, product; and why its networks are in doubt. It outlives a reload, not a restart."""
+        return self._halted, self._ordered, self._self_test.fault
 
-    def resume(self, halted: bool, product: str | None) -> None:
-        """Take over what commands had set before a reload."""
-        self._halted, self._ordered = halted, product
+    def resume(self, halted: bool, product: str | None, doubt: str) -> None:
+        """Take over what was so before a reload."""
+        self._halted, self._ordered, self._self_test.fault = halted, product, doubt
+        if doubt:
+            self._self_test.order()
         self._tell_ready()
 
     @property
@@ -246,8 +248,8 @@ class Station:
     def _between_parts(self) -> None:
         if self._wanted is not None:
             self._swapped(self._wanted)
-        if self.inspectors is not None and self._self_test.is_due:
-            self._test(self.inspectors)
+        if self.inspectors is not None and self._self_test.step(self.inspectors.engines):
+            self._tested()
         if self._camera_fault() != self._told_fault:
             self._tell_ready()
 
@@ -269,20 +271,15 @@ class Station:
         self._recorder.begin(inspectors)
         if self._wanted is inspectors:
             self._wanted = None
-        self._self_test.passed()  # whoever opened the networks has judged their samples
-        self._become_operational()
+        self._self_test.begin()
+        self._tested()
 
-    def _become_operational(self) -> None:
-        self._become("ready" if self.config.trigger == "software" else "continuous_execution")
-
-    def _test(self, inspectors: Inspectors) -> None:
-        """Between two parts: judge the samples of all bundles. While they fail no part is judged, if that is required."""
-        self._become("preoperational", "self-test")
-        self._self_test.run(inspectors.engines)
+    def _tested(self) -> None:
+        """While samples fail no part is judged, if that is required."""
         if self._self_test.blocks:
             self._become("error", f"self-test: {self._self_test.fault}")
         else:
-            self._become_operational()
+            self._become("ready" if self.config.trigger == "software" else "continuous_execution")
 
     def _building(self, bundle: str, phase: str, step: int, steps: int) -> None:
         """Tell how far the engine of a bundle is, once a second. Raises InspectorError, which ends the build, at the end."""
@@ -331,12 +328,12 @@ class Station:
             self._not_ready(trigger)
 
     def _not_ready(self, trigger: Trigger) -> None:
-        why = "halted by command" if self._halted else self._why
+        why = "halted by command" if self._halted else self._why or self._self_test.fault
         self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, why))
 
     @property
     def _judges(self) -> bool:
-        return not self._halted and self._state != "error"
+        return not self._halted and self._state != "error" and not self._self_test.blocks
 
     @property
     def operational(self) -> bool:

@@ -53,8 +53,13 @@ class JournalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one record."""
+        try:
+            message = self.format(record)[:_LONGEST]
+        except Exception:  # noqa: BLE001 - as every handler: who logs nonsense is told on stderr, and goes on
+            self.handleError(record)
+            return
         entry = {
-            "MESSAGE": self.format(record)[:_LONGEST], "PRIORITY": _PRIORITIES.get(record.levelno, 6),
+            "MESSAGE": message, "PRIORITY": _PRIORITIES.get(record.levelno, 6),
             "SYSLOG_IDENTIFIER": "edge-inspector", "LOGGER": record.name, "THREAD_NAME": record.threadName or "",
         }  # fmt: skip
         entry |= {f"EI_{name.upper()}": value for name in FIELDS if (value := getattr(record, name, None)) is not None}

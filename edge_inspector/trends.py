@@ -17,6 +17,7 @@ FEWEST = 20
 """Scores at calibration, at least, for its quartiles to mean something."""
 _SURE = 3.0
 """Standard deviations of a normal: a rate is above its limit with 99.87 % confidence."""
+_CLEAR = 0.8
 
 
 def surely_above(failed: int, parts: int) -> float:
@@ -56,6 +57,7 @@ class Trends:
         self._scores: dict[tuple[str, str, str], deque[float]] = {}
         self._quartiles: dict[str, tuple[int, tuple[float, float, float]]] = {}
         self._lock = threading.Lock()
+        self._told: set[object] = set()
 
     def begin(self, calibrations: Mapping[str, Sequence[float]]) -> None:
         """Forget everything: from now on parts are judged by these bundles. Bundle name -> scores of good parts."""
@@ -99,18 +101,18 @@ class Trends:
             return sum(self._failed), len(self._failed)
 
     def causes(self) -> list[Cause]:
-        """What people should look at, with its evidence."""
+        """What people should look at, with its evidence. From one thread."""
         causes = []
         failed, parts = self.reject_rate
         limit = self._limits.max_reject_rate
-        if surely_above(failed, parts) > limit:
+        if self._is_beyond("rejects", surely_above(failed, parts) / limit):
             text = (
                 f"{failed} of the last {parts} parts failed ({failed / parts:.1%}; surely more than "
                 f"{surely_above(failed, parts):.1%}), at most {limit:.1%} may: look at parts, camera and light"
             )
             causes.append(Cause(code="reject_rate_high", severity="off_spec", thing=self._station, text=text))
         for (camera, roi, bundle), drift in self.drifts().items() if self._limits.drift else ():
-            if abs(drift.shift) <= 1:
+            if not self._is_beyond((camera, roi, bundle), abs(drift.shift)):
                 continue
             side = drift.quartiles[2 if drift.shift > 0 else 0]
             text = (
@@ -120,3 +122,9 @@ class Trends:
             )
             causes.append(Cause(code="score_drift", severity="off_spec", thing=f"{self._station}/{camera}", text=text))
         return causes
+
+    def _is_beyond(self, what: object, share: float) -> bool:
+        """Whether a limit is exceeded; once it was, only clearly below does it count as kept: at the limit nothing flickers."""
+        beyond = share > (_CLEAR if what in self._told else 1.0)
+        (self._told.add if beyond else self._told.discard)(what)
+        return beyond

@@ -13,6 +13,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 
 from edge_inspector.cameras import Camera, CameraState, genicam
@@ -89,6 +90,15 @@ def camera(uri: str = URI, *, on_demand: bool = False, **more: Any) -> Camera:
 
 def identity(image: np.ndarray) -> int:
     return int.from_bytes(image.reshape(-1)[:8].tobytes(), "big")
+
+
+def test_a_camera_whose_process_was_killed_streams_to_the_next_one(simulator: Simulator) -> None:
+    with camera("gige://127.0.0.1", width=64, height=64, fps=50) as source:
+        taken(source, 5)
+        (child,) = (p for p in psutil.Process().children() if simulator.process is not None and p.pid != simulator.process.pid)
+        child.suspend()  # it cannot let go of its camera
+        until(lambda: source.counts.reopened, 10, "another process")
+        taken(source, 5)
 
 
 def test_settings_are_taken_and_frames_come_with_their_own_pixels_and_ids(simulator: Simulator) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edge_inspector import pictures
+from edge_inspector.cameras.folder import broken_frame
 from edge_inspector.cli import online
 from edge_inspector.errors import InspectorError
 from edge_inspector.evidence import EXPLANATION, NEAR, EvidenceStore, frames_of, place_of
@@ -59,6 +60,7 @@ def test_what_failed_was_undecided_or_nearly_failed_is_kept_without_loss_and_a_s
         assert (failed / EXPLANATION).exists()
         (one,) = frames_of(failed)
         assert one.camera == "top"
+        assert one.path is not None
         assert np.array_equal(pictures.read(one.path), frames(1)["top"][0].image)
         undecided = kept(store, 2, Verdict.UNDECIDED)
         near = kept(store, 3, Verdict.PASS, NEAR)
@@ -102,6 +104,19 @@ def test_what_a_kill_left_half_written_is_removed_and_a_part_larger_than_the_quo
         until(lambda: store.dropped == 1, what="told")
         assert place is not None
         assert place.exists()
+
+
+def test_a_frame_that_came_broken_costs_no_other_part_its_pictures(tmp_path: Path) -> None:
+    with EvidenceStore(tmp_path, quota_mb=64) as store:
+        torn = {"top": [broken_frame(0, "7", "truncated")], "side": frames(1)["top"]}
+        told = store.offer(result(1, Verdict.UNDECIDED, None), torn, [])
+        assert told is not None
+        place = until(lambda: place_of(tmp_path, told.id), what="frames")
+        assert [(one.camera, one.path is None, one.fault) for one in frames_of(place)] == [
+            ("top", True, "corrupt_image"), ("side", False, "")
+        ]  # fmt: skip
+        assert kept(store, 2, Verdict.FAIL, 1.5) is not None
+    assert store.dropped == 0
 
 
 def test_a_writer_that_is_behind_drops_and_the_result_says_so(tmp_path: Path) -> None:
@@ -169,6 +184,7 @@ def test_another_score_by_the_same_network_is_no_harmless_difference(tmp_path: P
         device = loaded(folder)
         place = until(lambda: place_of(device.state / "evidence", failed["evidence"]["id"]), what="its frames")
     (frame,) = frames_of(place)
+    assert frame.path is not None
     pictures.write(frame.path, cv2.GaussianBlur(pictures.read(frame.path), (9, 9), 3))
     again = replay(device, failed["result_id"])
     assert any("not what it saw then" in reason for reason in again.reasons)

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from edge_inspector import pictures
+from edge_inspector.config import SelfTestConfig
+from edge_inspector.runtime import Engine, OnnxEngine
+from edge_inspector.selftest import SelfTest
 from tests.line import DaemonProcess, Listener, Mosquitto, device_folder, line_yaml, listening, until
 from tests.tiny import picture, tiny_bundle
 
@@ -62,6 +65,34 @@ def test_a_station_whose_samples_fail_judges_nothing_until_they_are_right_again(
         listener.say({"trigger_id": "T-2"}, "trigger", "sheet")
         until(lambda: any(r["verdict"] != "undecided" for r in listener.of("result", "sheet")), what="a judged part")
         assert not ask(listener, "nowhere")["ok"]
+
+
+def test_networks_that_failed_stay_in_doubt_whoever_opens_them_again_and_parts_wait_for_one_sample_at_most(
+    tmp_path: Path,
+) -> None:
+    bundle = tiny_bundle(tmp_path)
+    sample = bundle.folder / "sample-140.png"
+    with OnnxEngine(bundle, batch=1) as engine:
+        engines: dict[str, Engine] = {"tiny": engine}
+        test = SelfTest("sheet", SelfTestConfig())
+        assert not test.step(engines), "not due before the networks are open"
+        test.begin()
+        assert (test.at is not None, test.blocks, test.step(engines)) == (True, False, False)
+        right = sample.read_bytes()
+        pictures.write(sample, picture(230))
+        test.order()
+        assert test.step(engines)
+        assert "sample-140.png scores" in test.fault
+        test.begin()  # other inspectors, or a reload: the same networks may be in them
+        assert test.blocks
+        sample.write_bytes(right)
+        assert [test.step(engines), test.step(engines), test.step(engines)] == [False, True, False], "one sample each"
+        assert not test.blocks
+        test.order()
+        assert not test.step(engines)
+        test.begin()
+        assert [test.step(engines), test.step(engines)] == [False, True], "what was interrupted begins anew"
+    assert SelfTest("sheet", SelfTestConfig(required=False)).blocks is False
 
 
 @pytest.mark.parametrize("required", [True, False])

@@ -105,6 +105,10 @@ def test_records_reach_the_journal_with_their_fields_and_never_wait_for_it(tmp_p
         assert b"MESSAGE\n" + struct.pack("<Q", 9) + b"two\nlines\n" in entry
         assert {b"PRIORITY=4", b"EI_STATION=press-1", b"EI_SEQ=42"} <= set(entry.splitlines())
         assert b"EI_TRIGGER_ID" not in entry
+        bad = logging.LogRecord("edge_inspector", logging.INFO, "", 1, "%d", ("no number",), None)
+        logging.raiseExceptions, before = False, logging.raiseExceptions
+        handler.emit(bad)
+        logging.raiseExceptions = before
         for _ in range(10_000):
             handler.emit(record)
         assert handler.lost > 0, "nobody reads: what does not fit is lost, and counted"

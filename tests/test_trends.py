@@ -70,6 +70,15 @@ def test_rejects_above_their_limit_are_told_only_when_chance_does_not_explain_th
     assert codes(judged([0.4] * 200, failed=50, max_reject_rate=0.1)) == ["reject_rate_high"]
 
 
+def test_at_the_limit_nothing_flickers() -> None:
+    trends = judged([float(np.quantile(CALIBRATION, 0.76))] * 200)
+    assert codes(trends) == ["score_drift"]
+    for share, told in ((0.74, ["score_drift"]), (0.6, []), (0.74, [])):
+        for _ in range(200):
+            trends.add(Verdict.PASS, [finding(float(np.quantile(CALIBRATION, share)))])
+        assert codes(trends) == told, share
+
+
 def test_the_bound_is_wilsons_and_is_kept_by_chance() -> None:
     assert surely_above(0, 0) == 0.0
     assert surely_above(0, 200) == 0.0

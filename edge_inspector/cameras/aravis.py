@@ -249,6 +249,7 @@ class AravisSource:
 
     def _set_up(self) -> Info:
         config, arv = self.config, library()
+        arv.camera_stop_acquisition(self._camera)  # one whose user was killed still sends to where that listened
         arv.camera_clear_triggers(self._camera)
         if config.packet_size is None and arv.camera_is_gv_device(self._camera):
             arv.camera_gv_auto_packet_size(self._camera)

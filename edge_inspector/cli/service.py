@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edge_inspector.cli.shown import JsonOption, err, out, print_json
+from edge_inspector.config import CREDENTIALS
 from edge_inspector.errors import InspectorError
 
 app = typer.Typer(
@@ -59,6 +61,7 @@ class _Plan:
                 path.write_text(text)
             for folder in self.folders:
                 folder.mkdir(mode=0o700, exist_ok=True)
+                folder.chmod(0o700)
         except OSError as error:
             raise InspectorError(f"{error.filename}: {error.strerror}", hint="run it as root: sudo") from error
         for command in self.commands:
@@ -80,6 +83,11 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
+def _refuse_user() -> None:
+    if os.geteuid() != 0:
+        raise InspectorError("services are root's business", hint="run it as root: sudo; --dry-run shows what would be done")
+
+
 def _checked_name(name: str) -> str:
     from pydantic import TypeAdapter, ValidationError  # noqa: PLC0415 - verbs load what they need
 
@@ -96,14 +104,15 @@ def _program() -> Path:
     return Path(sys.executable).parent / "edge-inspector"
 
 
-def _refuse_hidden() -> None:
-    """Raises InspectorError where the service could not see its own program."""
-    for path in (_program(), Path(sys.executable).resolve()):
+def _refuse_program() -> None:
+    """Raises InspectorError where the service could not run its own program."""
+    program, package = _program(), Path(str(resources.files("edge_inspector")))
+    hint = "install it elsewhere: python3 -m venv /opt/edge-inspector && /opt/edge-inspector/bin/pip install ."
+    for path in (program, Path(sys.executable).resolve(), package.resolve()):
         if str(path).startswith(tuple(f"{folder}/" for folder in _HIDDEN)):
-            raise InspectorError(
-                f"{path}: the service sees no home and no /tmp",
-                hint="install it elsewhere: python3 -m venv /opt/edge-inspector && /opt/edge-inspector/bin/pip install .",
-            )
+            raise InspectorError(f"{path}: the service sees no home and no /tmp", hint=hint)
+    if not program.exists() or re.search(r"[\s%\"']", str(program)):
+        raise InspectorError(f"{program}: not there, or no path for a unit", hint=hint)
 
 
 def _readable(folder: Path) -> None:
@@ -114,37 +123,64 @@ def _readable(folder: Path) -> None:
     if not device.line_file.exists():
         raise InspectorError(f"{device.line_file}: is not there", hint="edge-inspector init writes a first one")
     load_line(device.line_file)
-    looked_at = [folder, folder / "device.yaml", device.line_file, device.trust, device.bundles]
+    state = Path("/var/lib") / folder.relative_to("/etc")
+    if device.state != state:
+        raise InspectorError(
+            f"{folder / 'device.yaml'}: state in {device.state}, but the service can write {state} only",
+            hint="leave storage.folder out, and no link in the folder's path; move an older state there",
+        )
+    if (folder / "state" / "outbox.db").exists():
+        raise InspectorError(
+            f"{folder / 'state'}: results and orders of before", hint=f"take them along: mv {folder / 'state'} {state}"
+        )
+    for key in (folder / "keys").glob("*.key"):
+        if key.stat().st_mode & 0o077:
+            raise InspectorError(f"{key}: others can read it", hint=f"chmod 600 {key}, or take it away")
+    looked_at = [folder.parent, folder, folder / "device.yaml", device.line_file, device.trust, device.bundles]
     for path in (*looked_at, *device.trust.rglob("*"), *device.bundles.rglob("*")):
         needed = 0o005 if path.is_dir() else 0o004
         if path.exists() and path.stat().st_mode & needed != needed:
             raise InspectorError(
                 f"{path}: cannot be read by the service's own user",
-                hint=f"chmod -R a+rX {folder}; secrets belong into credentials/",
+                hint=f"chmod a+rX {path}; secrets belong into {folder / CREDENTIALS}",
             )
+
+
+def _secrets(name: str) -> list[Path]:
+    """Files that only root reads, and systemd hands over. Raises InspectorError."""
+    found = sorted((CONFIGURATIONS / name / CREDENTIALS).glob("*"))
+    for path in found:
+        if not path.is_file() or re.search(r"[\s%:\"']", path.name):
+            raise InspectorError(
+                f"{path}: no plain file with a plain name", hint="systemd hands over files of that folder only"
+            )
+    return found
 
 
 def _plan(name: str) -> _Plan:
     templates = resources.files("edge_inspector.cli").joinpath("templates")
     text = templates.joinpath(TEMPLATE).read_text().replace("/opt/edge-inspector/bin/edge-inspector", str(_program()))
     files = {UNITS / TEMPLATE: text}
+    secrets = [f"LoadCredential={CREDENTIALS}_{path.name}:{path}" for path in _secrets(name)]
+    files[UNITS / f"{_unit(name)}.d" / "credentials.conf"] = "\n".join(["[Service]", *secrets, ""])
     if _JETSON.exists():
         files[UNITS / f"{TEMPLATE}.d" / "jetson.conf"] = templates.joinpath("jetson.conf").read_text()
     return _Plan(
-        files, (CONFIGURATIONS / name / "credentials",),
+        files, (CONFIGURATIONS / name / CREDENTIALS,),
         (("systemctl", "daemon-reload"), ("systemctl", "enable", _unit(name)), ("systemctl", "restart", _unit(name))),
     )  # fmt: skip
 
 
 @app.command()
 def install(name: NameArgument, dry_run: DryRunOption = False) -> None:
-    """Write the unit, enable it, start it, and wait until it is up. Again: renew the unit, start anew."""
+    """Write the unit, enable it, start it, and wait until it is up. Again after changing credentials/: start anew."""
     folder = CONFIGURATIONS / _checked_name(name)
     plan = _plan(name)
     if dry_run:
         plan.show()
         return
-    _refuse_hidden()
+    _refuse_user()
+    _refuse_program()
     if not (folder / "device.yaml").exists():
         raise InspectorError(
             f"{folder / 'device.yaml'}: is not there",
@@ -203,7 +239,9 @@ def uninstall(name: NameArgument, dry_run: DryRunOption = False) -> None:
         plan.show()
         err.print(f"would remove {UNITS / TEMPLATE}, unless another instance is there")
         return
+    _refuse_user()
     plan.carry_out()
+    (UNITS / f"{unit}.d" / "credentials.conf").unlink(missing_ok=True)
     if not others:
         (UNITS / TEMPLATE).unlink(missing_ok=True)
         (UNITS / f"{TEMPLATE}.d" / "jetson.conf").unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_inspector import pictures, preprocess, scoring
-from edge_inspector.bundles import Bundle
+from edge_inspector.bundles import Bundle, Sample
 from edge_inspector.errors import EngineRefused
 from edge_inspector.frames import Pixels
 from edge_inspector.roi import Roi
@@ -100,16 +100,18 @@ def picture_score(engine: Engine, image: Pixels) -> float:
 
 def judge_samples(engine: Engine) -> list[float]:
     """Judge every sample of the bundle; returns the scores. Raises EngineRefused at a flip or a score too far off."""
+    return [judge_sample(engine, sample) for sample in engine.bundle.manifest.samples]
+
+
+def judge_sample(engine: Engine, sample: Sample) -> float:
+    """Judge one sample; returns its score. Raises EngineRefused at a flip or a score too far off."""
     manifest = engine.bundle.manifest
-    scores = []
-    for sample in manifest.samples:
-        score = picture_score(engine, pictures.read(engine.bundle.folder / sample.file))
-        verdict, _ = scoring.judge(score, manifest.threshold)
-        if verdict is not sample.verdict or not abs(score - sample.score) <= TOLERANCE[engine.precision] * manifest.threshold:
-            raise EngineRefused(
-                f"bundle {manifest.name}: {sample.file} scores {score:.4g} ({verdict.value}),"
-                f" expected {sample.score:.4g} ({sample.verdict.value})",
-                hint="the network does not compute here what it did when trained; build or roll out the bundle again",
-            )
-        scores.append(score)
-    return scores
+    score = picture_score(engine, pictures.read(engine.bundle.folder / sample.file))
+    verdict, _ = scoring.judge(score, manifest.threshold)
+    if verdict is not sample.verdict or not abs(score - sample.score) <= TOLERANCE[engine.precision] * manifest.threshold:
+        raise EngineRefused(
+            f"bundle {manifest.name}: {sample.file} scores {score:.4g} ({verdict.value}),"
+            f" expected {sample.score:.4g} ({sample.verdict.value})",
+            hint="the network does not compute here what it did when trained; build or roll out the bundle again",
+        )
+    return score

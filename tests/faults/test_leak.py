@@ -69,7 +69,7 @@ class Watch:
         self.heads |= {head["station"]: head for _, head in self.listener.heard}
         self.listener.heard.clear()
         results = sum(head["hi"] for head in self.heads.values())
-        files = sum(len(names) for _, _, names in os.walk(self.state))
+        files = sum(len(names) for where, _, names in os.walk(self.state) if "evidence" not in where)  # has a quota of its own
         return Look(results, self.process.memory_info().rss, self.process.num_fds(), self.process.num_threads(), files)
 
     def drops(self) -> bool:
