@@ -55,8 +55,6 @@ ALERT_EXPIRES_S = 3600
 _WAIT_S = 0.25
 _HEAD_EVERY_S = 1.0
 _MAX_GAPS = 16
-_BATCH_EVERY_S = 0.01
-"""A backlog is sent at up to 1500 results a second."""
 
 
 class TriggerTaker(Protocol):
@@ -112,7 +110,6 @@ class Broker:
         self._replays: deque[_Replay] = deque()
         self._redeliver_s: float | None = None
         self._alerted_s = 0.0
-        self._batch_s = 0.0
         self._closing = threading.Event()
         self._thread = Thread(target=self._run, name="broker", daemon=True)
 
@@ -166,35 +163,18 @@ class Broker:
             end = None
             while end is None or (time.monotonic() < end and self._pending()):
                 self._tick()
-                self._take_events(0.02 if end else self._patience_s())
+                self._take_events(0.02 if end else _WAIT_S)
                 self._notice_connection()
                 if self._standing is not None:
                     self._send_retained()
-                    self._send_batch()
+                    self._send_results()
+                    self._serve_replays()
                 self._redeliver()
                 if self._closing.is_set() and end is None:
                     end = time.monotonic() + 1.0
         except Exception as error:
             log.exception("broker thread ended")
             self.failure = error
-
-    def _patience_s(self) -> float:
-        """How long there is nothing to do without an event."""
-        behind = bool(self._replays) or any(self._sent.get(s, 0) < self.outbox.head(s).hi for s in self.outbox.stations)
-        if self._standing is None or not behind or len(self._in_flight) >= RESULTS_IN_FLIGHT:
-            return _WAIT_S
-        return max(_BATCH_EVERY_S / 10, self._batch_s - time.monotonic())
-
-    def _send_batch(self) -> None:
-        """Results and replays, with pauses: who judges parts meanwhile needs the processor and the interpreter too."""
-        now = time.monotonic()
-        if now < self._batch_s and not self._closing.is_set():
-            return
-        before = len(self._in_flight)
-        self._send_results()
-        self._serve_replays()
-        if len(self._in_flight) > before:
-            self._batch_s = now + _BATCH_EVERY_S
 
     def _pending(self) -> bool:
         return self._standing is not None and (bool(self._in_flight) or bool(self._unsent))
