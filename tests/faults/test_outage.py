@@ -1,4 +1,4 @@
-"""The broker is away while parts come at 50/s, and comes back: what waited is sent, and the line hardly feels it.
+"""The broker is away while parts come at 50/s, and comes back: what waited is sent quickly, beside the line.
 
 Short by default: 8 s. EDGE_INSPECTOR_LONG=1 takes the broker away for 60 s (-s shows the figures).
 
@@ -147,7 +147,7 @@ def sent_late(received: list[Received]) -> list[list[Received]]:
     return [run for run in runs if len(run) > RATE_HZ]
 
 
-def test_after_an_outage_all_is_sent_in_order_quickly_and_the_line_does_not_feel_it(tmp_path: Path) -> None:
+def test_after_an_outage_all_is_sent_in_order_and_quickly_beside_the_line(tmp_path: Path) -> None:
     needed(MOSQUITTO, "apt install mosquitto")
     with ExitStack() as stack:
         line = Line(tmp_path, stack)
