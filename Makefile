@@ -30,6 +30,8 @@ test: $(VENV)/.test $(if $(EDGE_INSPECTOR_NVIDIA),$(VENV)/.nvidia)
 	  python3-gi gir1.2-gst-rtsp-server-1.0 gir1.2-gst-plugins-base-1.0 gstreamer1.0-plugins-base gstreamer1.0-plugins-good \
 	  gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly >/dev/null && $(GST); } || \
 	  echo "left out: RTSP and GStreamer cameras (apt install python3-gi gir1.2-gst-rtsp-server-1.0 and GStreamer's plugins)"
+	@command -v fiu-run >/dev/null || { $(APT) && apt-get update -qq && apt-get install -y -qq fiu-utils >/dev/null; } || \
+	  echo "left out: a failing disk (apt install fiu-utils)"
 	@ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1 || { $(APT) && apt-get update -qq && \
 	  apt-get install -y -qq libfaketime >/dev/null; } || echo "left out: clocks that jump (apt install libfaketime)"
 	@command -v cc >/dev/null && command -v ip >/dev/null || { $(APT) && apt-get install -y -qq gcc libc6-dev iproute2 >/dev/null; } || \
