@@ -252,7 +252,8 @@ def test_cameras_of_a_part_are_judged_together_and_a_lost_gpu_costs_one_part(
             told = [m["reason"] for m in listener.of("ready", "sheet")]
             assert any("building the engine of bundle tiny" in reason for reason in told)
             until(lambda: any(m["engines"] for m in listener.of("state")), what="engines told")
-            assert listener.of("state")[-1]["engines"] == {"tiny": {"runtime": "tensorrt", "precision": "fp16", "instead": ""}}
+            runs = listener.of("state")[-1]["engines"]["tiny"]
+            assert (runs["runtime"], runs["precision"], runs["instead"], runs["release"]) == ("tensorrt", "fp16", "", 1)
             for number in range(3):
                 listener.say({"trigger_id": f"T-{number}"}, "trigger", "sheet")
             first = collected(subscriber, 3)
