@@ -139,13 +139,24 @@ def _checked(*command: str) -> None:
 
 @contextmanager
 def stopped(process: psutil.Process, thread: str) -> Iterator[None]:
-    """Hold one thread of a process, and no other, for as long as the process lives or this lasts (ptrace(2))."""
+    """Hold one thread of a process, and no other, for as long as the process lives or this lasts (ptrace(2)).
+
+    Where threads hang: in a system call. Elsewhere it may hold Python's lock, and all others would hang with it.
+    """
     tasks = {int(path.name): (path / "comm").read_text().strip() for path in Path(f"/proc/{process.pid}/task").iterdir()}
     tid = next((number for number, name in tasks.items() if name == thread), None)
     assert tid is not None, f"no thread {thread!r} among {sorted(tasks.values())}"
     libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.ptrace(PTRACE_ATTACH, tid, None, None) == 0, os.strerror(ctypes.get_errno())
-    os.waitpid(tid, WALL)
+
+    def held_in_a_call() -> bool:
+        assert libc.ptrace(PTRACE_ATTACH, tid, None, None) == 0, os.strerror(ctypes.get_errno())
+        os.waitpid(tid, WALL)
+        if not Path(f"/proc/{process.pid}/task/{tid}/syscall").read_text().startswith("-1"):
+            return True
+        libc.ptrace(PTRACE_DETACH, tid, None, None)
+        return False
+
+    until(held_in_a_call, what="a system call of that thread")
     reaper = threading.Thread(target=os.waitpid, args=(tid, WALL), daemon=True)  # else its end would wait for us, its tracer
     reaper.start()
     try:

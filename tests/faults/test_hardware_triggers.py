@@ -142,7 +142,7 @@ def test_a_sensor_alone_makes_parts_and_a_line_that_stands_still_is_no_fault(
     cameras: dict[str, Simulator], tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
-        found = line(cameras, tmp_path, stack, announced=False, sync_ms=150, debounce_ms=200)
+        found = line(cameras, tmp_path, stack, announced=False, sync_ms=300, debounce_ms=400)
         belt = Belt(cameras, found)
         time.sleep(2.5)  # four times the cameras' own timeout
         assert {(c.state, c.counts.reopened) for c in found.station.cameras.values()} == {(CameraState.STREAMING, 0)}
