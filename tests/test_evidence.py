@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,13 +14,14 @@ import pytest
 from edge_inspector import pictures
 from edge_inspector.cameras.folder import broken_frame
 from edge_inspector.cli import online
+from edge_inspector.config import Device
 from edge_inspector.errors import InspectorError
 from edge_inspector.evidence import EXPLANATION, NEAR, EvidenceStore, frames_of, place_of
 from edge_inspector.frames import Frame, frozen, utc_now
 from edge_inspector.inspector import View
 from edge_inspector.replay import replay, setup_in_force
 from edge_inspector.results import BundleRef, EngineRef, Finding, Reason, Region, Result, Verdict
-from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, listening, loaded, until
+from tests.line import DaemonProcess, Listener, Mosquitto, device_folder, line_yaml, listening, loaded, until
 
 
 def result(number: int, verdict: Verdict, ratio: float | None = 0.5) -> Result:
@@ -129,19 +131,22 @@ def test_a_writer_that_is_behind_drops_and_the_result_says_so(tmp_path: Path) ->
     assert [one.stored for one in told if one is not None] == [True, True, False], "48 MB each, 128 MB may wait"
 
 
+def failed_part(listener: Listener, device: Device) -> tuple[dict[str, Any], Path]:
+    """The result of a part that fails, and where its frames are kept."""
+    until(lambda: listener.of("ready", "sheet") and listener.of("ready", "sheet")[-1]["ready"], what="ready")
+    for n in range(8):
+        listener.say({"trigger_id": f"T-{n}"}, "trigger", "sheet")
+    found = until(lambda: [r for r in listener.of("result", "sheet") if r["verdict"] == "fail"], what="a part that fails")[0]
+    return found, until(lambda: place_of(device.state / "evidence", found["evidence"]["id"]), what="its frames")
+
+
 def test_a_result_is_replayed_and_every_difference_explained(
     tmp_path: Path, mosquitto: Mosquitto, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
     with listening(mosquitto.port) as listener, DaemonProcess(folder):
-        until(lambda: listener.of("ready", "sheet") and listener.of("ready", "sheet")[-1]["ready"], what="ready")
-        for n in range(8):
-            listener.say({"trigger_id": f"T-{n}"}, "trigger", "sheet")
-        failed = until(lambda: [r for r in listener.of("result", "sheet") if r["verdict"] == "fail"], what="a part that fails")[
-            0
-        ]
         device = loaded(folder)
-        until(lambda: place_of(device.state / "evidence", failed["evidence"]["id"]), what="its frames")
+        failed, _ = failed_part(listener, device)
         same = replay(device, failed["result_id"])  # beside the running daemon
         assert same.is_same
         assert same.reasons == ()
@@ -175,14 +180,8 @@ def _exits(verb: object, *arguments: object, **options: object) -> None:
 def test_another_score_by_the_same_network_is_no_harmless_difference(tmp_path: Path, mosquitto: Mosquitto) -> None:
     folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
     with listening(mosquitto.port) as listener, DaemonProcess(folder):
-        until(lambda: listener.of("ready", "sheet") and listener.of("ready", "sheet")[-1]["ready"], what="ready")
-        for n in range(8):
-            listener.say({"trigger_id": f"T-{n}"}, "trigger", "sheet")
-        failed = until(lambda: [r for r in listener.of("result", "sheet") if r["verdict"] == "fail"], what="a part that fails")[
-            0
-        ]
         device = loaded(folder)
-        place = until(lambda: place_of(device.state / "evidence", failed["evidence"]["id"]), what="its frames")
+        failed, place = failed_part(listener, device)
     (frame,) = frames_of(place)
     assert frame.path is not None
     pictures.write(frame.path, cv2.GaussianBlur(pictures.read(frame.path), (9, 9), 3))
