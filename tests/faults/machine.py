@@ -54,22 +54,25 @@ class Machine:
             os.setxattr(self.files / hidden, "trusted.overlay.opaque", b"y")  # nothing of this machine's own is there
         overlay = f"lowerdir=/,upperdir={self.files},workdir={self.folder / 'work'}"
         _checked("mount", "-t", "overlay", "overlay", "-o", overlay, str(self.root))
-        bound = self._install()
+        try:
+            self._boot(self._install())
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _boot(self, bound: list[str]) -> None:
         with (self.folder / "console").open("wb") as log:
-            self._process = subprocess.Popen(
+            process = self._process = subprocess.Popen(
                 ["systemd-nspawn", "--boot", "--quiet", f"--directory={self.root}", f"--machine=ei-{os.getpid()}", "--register=no",
                  "--keep-unit", *bound, "systemd.unit=basic.target"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        process = psutil.Process(self._process.pid)
-        until(lambda: self._process.poll() is not None or process.children(), what="PID 1")  # type: ignore[union-attr]
-        if self._process.poll() is not None:
+        self.leader = until(lambda: process.poll() is not None or _first(process.pid), what="PID 1")
+        if process.poll() is not None:
             console = (self.folder / "console").read_text(errors="replace")[-300:]
-            self.__exit__()
             pytest.skip(f"systemd-nspawn cannot boot a machine in this one: {console}")
-        self.leader = process.children()[0].pid
         until(lambda: self.run("systemctl", "is-active", "basic.target", may_fail=True).strip() == "active", 60, "the boot")
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
@@ -120,8 +123,7 @@ class Machine:
         """The main process of a running unit, as this machine numbers it."""
         inside = self.shown(unit, "MainPID")["MainPID"]
         for process in psutil.Process(self.leader).children(recursive=True):
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            if status.split("NSpid:")[1].splitlines()[0].split()[-1] == inside:
+            if _inside(process.pid) == inside:
                 return process
         raise AssertionError(f"no process {inside} in the machine")
 
@@ -129,6 +131,19 @@ class Machine:
         """Entries of a unit's journal that have these fields."""
         text = self.run("journalctl", "--no-pager", "-o", "json", "-u", unit, *matches)
         return [json.loads(line) for line in text.splitlines()]
+
+
+def _inside(pid: int) -> str:
+    """A process's number in its own machine; "" where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/status").read_text().split("NSpid:")[1].splitlines()[0].split()[-1]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def _first(nspawn: int) -> int:
+    """PID 1 of its machine, as this one numbers it; 0 before it is there. nspawn's child before that one only makes it."""
+    return next((child.pid for child in psutil.Process(nspawn).children() if _inside(child.pid) == "1"), 0)
 
 
 def _checked(*command: str) -> None:
