@@ -1,4 +1,4 @@
-"""Between the daemon and the broker's topics: triggers and commands in, verdicts, results, state and replays out.
+"""Between the daemon and the broker's topics: commands, replay requests and orders in; results, state, replays, alerts out.
 
 Results leave the outbox in order, at most RESULTS_IN_FLIGHT unacknowledged; a new connection starts again after the
 last acknowledged one. Everything retained is remembered here and published anew on every connection.
@@ -12,18 +12,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from types import TracebackType
 from typing import Protocol
 
 from pydantic import BaseModel
 
 from edge_inspector import messages
-from edge_inspector.errors import InspectorError, OutboxError, SchemaError
-from edge_inspector.frames import Trigger, utc_now
+from edge_inspector.errors import InspectorError, SchemaError
+from edge_inspector.frames import utc_now
 from edge_inspector.messages import (
     Alert,
     Command,
@@ -34,37 +32,30 @@ from edge_inspector.messages import (
     Reply,
     ReplyError,
     Topics,
-    TriggerRequest,
-    VerdictMessage,
 )  # fmt: skip
 from edge_inspector.mqtt import Acknowledged, Connection, Message
-from edge_inspector.outbox import Journalled, Outbox
-from edge_inspector.results import Result
+from edge_inspector.outbox import Outbox
 from edge_inspector.schema import MAX_BYTES
 from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
 
 RESULTS_IN_FLIGHT = 15
-"""Below what brokers allow one client (20 is common), so that a verdict never waits behind results."""
+"""Below what brokers allow one client; 20 is common."""
 REPLAY_RANGE = 500
 REPLAYS = 32
 ORDERS = 128
 """Remote orders that wait for the daemon; more are not acknowledged, so that the broker delivers them again."""
+ALERTS = 256
+"""That wait to be sent."""
 ALERT_EXPIRES_S = 3600
 _WAIT_S = 0.25
 _HEAD_EVERY_S = 1.0
 _MAX_GAPS = 16
 
 
-class TriggerTaker(Protocol):
+class Commanded(Protocol):
     """A station, as far as the broker knows it."""
-
-    expires_ms: int
-
-    def offer(self, trigger: Trigger) -> None:
-        """Take a journalled trigger; must not block."""
-        ...
 
     def command(self, name: str, product: str | None) -> None:
         """Carry out a command. Raises InspectorError."""
@@ -82,27 +73,31 @@ class _Replay:
 
 
 class Broker:
-    """The daemon's voice and ears. One thread; `verdict` and `retain` may be called from any."""
+    """The daemon's voice and ears, but for its stations' (`handshake`). One thread, which alone uses the connection;
+    `retain` and `alert` may be called from any, and wait for nobody.
+    """
 
     def __init__(
         self,
         connection: Connection,
         topics: Topics,
         outbox: Outbox,
-        stations: Mapping[str, TriggerTaker],
+        stations: Mapping[str, Commanded],
         *,
         tick: Callable[[], None] = lambda: None,
+        hears: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`tick` is called at least once a second while the thread is alive."""
+        """`tick` is called at least once a second while the thread is alive; no station is told ready before `hears`."""
         self.connection, self.topics, self.outbox, self.stations = connection, topics, outbox, stations
         self.orders: queue.Queue[Message] = queue.Queue(ORDERS)
         """Of configurations and bundles, for the daemon: it acknowledges them."""
         self.refused = 0
         self.failure: Exception | None = None
-        self._tick = tick
+        self._tick, self._hears = tick, hears
         self._retained: dict[str, bytes] = {}
-        self._unsent: dict[str, None] = {}
-        self._lock = threading.Lock()
+        self._told: dict[str, bytes] = {}
+        """Of what is retained, what this connection has been told."""
+        self._alerts: queue.SimpleQueue[Alert] = queue.SimpleQueue()
         self._standing: int | None = None
         self._sent: dict[str, int] = {}
         self._in_flight: dict[int, tuple[str, int] | None] = {}
@@ -117,7 +112,7 @@ class Broker:
     def subscriptions(topics: Topics) -> tuple[str, ...]:
         """What the daemon listens to."""
         return (
-            topics.of("trigger", "+"), topics.of("replay", "+", "request"), topics.of("command", "+"),
+            topics.of("replay", "+", "request"), topics.of("command", "+"),
             topics.of("config", "desired"), topics.of("config", "confirm"),
             topics.of("bundle", "+", "desired"), topics.of("bundle", "+", "confirm"),
         )  # fmt: skip
@@ -136,25 +131,16 @@ class Broker:
 
     # --- for the daemon
 
-    def verdict(self, verdict: VerdictMessage) -> bool:
-        """Tell the diverter, at once or never; returns whether there was a connection."""
-        left_s = min((verdict.expires_at - utc_now()).total_seconds(), self.stations[verdict.station].expires_ms / 1000)
-        topic = self.topics.of("verdict", verdict.station)
-        return self.connection.publish(topic, messages.encode(verdict), expires_s=left_s) is not None
-
     def retain(self, message: BaseModel, *levels: str) -> None:
         """Publish a retained message, now and on every new connection."""
-        topic, payload = self.topics.of(*levels), messages.encode(message)
-        with self._lock:
-            if self._retained.get(topic) == payload:
-                return
-            self._retained[topic] = payload
-            self._unsent[topic] = None
+        self._retained[self.topics.of(*levels)] = messages.encode(message)
         self.connection.wake()
 
     def alert(self, alert: Alert) -> None:
-        """Tell people."""
-        self.connection.publish(self.topics.of("alert", alert.station), messages.encode(alert), expires_s=ALERT_EXPIRES_S)
+        """Tell people, if there is a connection."""
+        if self._alerts.qsize() < ALERTS:
+            self._alerts.put(alert)
+            self.connection.wake()
 
     # --- the thread
 
@@ -165,6 +151,7 @@ class Broker:
                 self._tick()
                 self._take_events(0.02 if end else _WAIT_S)
                 self._notice_connection()
+                self._send_alerts()
                 if self._standing is not None:
                     self._send_retained()
                     self._send_results()
@@ -177,7 +164,7 @@ class Broker:
             self.failure = error
 
     def _pending(self) -> bool:
-        return self._standing is not None and (bool(self._in_flight) or bool(self._unsent))
+        return self._standing is not None and (bool(self._in_flight) or bool(self._unsent()) or not self._alerts.empty())
 
     def _take_events(self, wait_s: float) -> None:
         try:
@@ -201,23 +188,28 @@ class Broker:
         self._head_at = 0.0
         for station in self.outbox.stations:
             self._sent[station] = self.outbox.head(station).acked
-        with self._lock:
-            self._unsent = dict.fromkeys(self._retained)
+        self._told = {}
+
+    def _send_alerts(self) -> None:
+        while not self._alerts.empty():
+            alert = self._alerts.get()
+            self.connection.publish(self.topics.of("alert", alert.station), messages.encode(alert), expires_s=ALERT_EXPIRES_S)
+
+    def _unsent(self) -> dict[str, bytes]:
+        """What is retained and not told yet. No station is ready whose triggers would be lost."""
+        held_back = () if self._hears() or self._closing.is_set() else (self.topics.of("ready", ""),)
+        retained = self._retained.copy()  # at once, beside whoever adds to it
+        return {t: p for t, p in retained.items() if self._told.get(t) != p and not t.startswith(held_back)}
 
     def _send_retained(self) -> None:
         if time.monotonic() - self._head_at > _HEAD_EVERY_S:
             self._head_at = time.monotonic()
             for station in self.outbox.stations:
                 self.retain(self._head(station), "head", station)
-        with self._lock:
-            unsent = [(topic, self._retained[topic]) for topic in self._unsent]
-            self._unsent.clear()
-        for topic, payload in unsent:
+        for topic, payload in self._unsent().items():
             token = self.connection.publish(topic, payload, retain=True)
-            if token is None:
-                with self._lock:
-                    self._unsent[topic] = None
-            else:  # known until acknowledged: who stops waits for "offline" to arrive, not to have been written
+            if token is not None:  # known until acknowledged: who stops waits for "offline" to arrive, not to have been written
+                self._told[topic] = payload
                 self._in_flight[token] = None
 
     def _head(self, station: str) -> Head:
@@ -288,15 +280,7 @@ class Broker:
         levels = self.topics.within(message.topic)
         try:
             is_desired = levels[0] in ("config", "bundle") and levels[-1] == "desired"
-            if len(message.payload) > (MAX_BYTES if is_desired else messages.MAX_REQUEST_BYTES):
-                raise InspectorError(f"{message.topic}: {len(message.payload)} bytes, too large")
-            if message.retain and not is_desired:
-                raise InspectorError(
-                    f"{message.topic}: retained messages are refused", hint="publish it without the retain flag"
-                )
-            if levels[0] == "trigger":
-                self._take_trigger(levels[1], message)
-                return  # acknowledged once it is journalled
+            message.check(MAX_BYTES if is_desired else messages.MAX_REQUEST_BYTES, retained=is_desired)
             if levels[0] in ("config", "bundle"):
                 self._take_order(message)
                 return  # acknowledged once it is carried out
@@ -332,47 +316,6 @@ class Broker:
             )  # fmt: skip
         )
 
-    def _station(self, name: str) -> TriggerTaker:
-        station = self.stations.get(name)
-        if station is None:
-            raise InspectorError(f"no station {name!r}", hint=f"stations here: {', '.join(self.stations)}")
-        return station
-
-    def _take_trigger(self, name: str, message: Message) -> None:
-        try:
-            station = self._station(name)
-            request = messages.decode(TriggerRequest, message.payload, message.topic)
-        except InspectorError as error:
-            self.refuse(name, error)
-            self.connection.acknowledge(message.ack)
-            return
-        now_s, now = time.monotonic(), utc_now()
-        left_s = station.expires_ms / 1000
-        if request.expires_at is not None:
-            left_s = max(0.0, min(left_s, request.expires_at.timestamp() - now.timestamp()))
-        trigger = Trigger(
-            request.trigger_id, now_s, now, now_s + left_s, now + timedelta(seconds=left_s),
-            request.part_id, request.product, journalled=True,
-        )  # fmt: skip
-        try:
-            future = self.outbox.journal(name, trigger)
-        except OutboxError:
-            self._redeliver_s = now_s + 2.0  # not acknowledged: it comes again when the disk has caught up
-            return
-        future.add_done_callback(partial(self._journalled, name, trigger, message))
-
-    def _journalled(self, name: str, trigger: Trigger, message: Message, future: Future[Journalled]) -> None:
-        """On disk (this is the committer's thread): now it may be acknowledged and acted on."""
-        if future.exception() is not None:
-            return
-        self.connection.acknowledge(message.ack)
-        answer = future.result()
-        if answer.new:
-            self.stations[name].offer(trigger)
-        elif answer.result is not None:
-            known = messages.decode(Result, answer.result, name)
-            self.verdict(verdict_of(known, repeated=True))
-
     def _take_order(self, message: Message) -> None:
         try:
             self.orders.put_nowait(message)
@@ -387,7 +330,7 @@ class Broker:
 
     def _take_replay(self, name: str, message: Message) -> None:
         if name not in self.outbox.stations:
-            self._station(name)
+            messages.named(self.stations, name)
         request = messages.decode(ReplayRequest, message.payload, message.topic)
         if request.client == "request":
             raise InspectorError(f"{message.topic}: a client cannot be named 'request'")
@@ -406,18 +349,10 @@ class Broker:
         command = messages.decode(Command, message.payload, message.topic)
         error = None
         try:
-            self._station(command.station).command(name, command.product)
+            messages.named(self.stations, command.station).command(name, command.product)
         except SchemaError:
             raise
         except InspectorError as refusal:
             error = ReplyError(code="refused", message=refusal.message, hint=refusal.hint)
         reply = Reply(request_id=command.request_id, ok=error is None, error=error)
         self._sent_aside(self.topics.of("reply", command.client), messages.encode(reply))
-
-
-def verdict_of(result: Result, *, repeated: bool = False) -> VerdictMessage:
-    """What the diverter is told of a result."""
-    return VerdictMessage(
-        station=result.station, trigger_id=result.trigger_id, part_id=result.part_id, verdict=result.verdict,
-        reason=result.reason, repeated=repeated, expires_at=result.expires_at,
-    )  # fmt: skip

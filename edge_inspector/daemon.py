@@ -22,12 +22,14 @@ from edge_inspector.config import Device, LineConfig, StationConfig, load_line
 from edge_inspector.errors import EngineLost, InspectorError
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import utc_now
+from edge_inspector.handshake import Handshake
 from edge_inspector.inspector import Inspectors
 from edge_inspector.messages import Alert, CameraFacts, Cause, HealthMessage, StateMessage
 from edge_inspector.metrics import Metrics, Reading
 from edge_inspector.mqtt import Will
 from edge_inspector.outbox import Outbox
 from edge_inspector.outputs import Outputs
+from edge_inspector.recorder import Voice
 from edge_inspector.remote.configuration import Configuration
 from edge_inspector.remote.orders import Authority
 from edge_inspector.runtime import Pool
@@ -43,6 +45,8 @@ PATIENCE_S = 5.0
 HEALTH_EVERY_S = 10.0
 """Health is published when its reasons change, and this often for its counters."""
 _LOOK_S = 0.5
+_APART_S = 10.0
+"""One connection to the broker may stand so much earlier than the other: their attempts are up to 7.5 s apart."""
 
 
 def _facts(camera: Camera) -> CameraFacts:
@@ -90,6 +94,7 @@ class _Line:
         self._told: object = None
         self._health: HealthMessage | None = None
         self._told_s = 0.0
+        self._together_s = time.monotonic()
         topics = topics_of(device)
         runtimes = dict.fromkeys(("onnxruntime", device.config.engine.runtime))
         self._state = StateMessage(
@@ -102,24 +107,31 @@ class _Line:
         self.evidence = EvidenceStore(
             device.state / "evidence", device.config.storage.evidence_mb, device.config.storage.evidence_passed
         )
-        self.connection = connection_of(
-            device, "-".join(("ei", *topics.root.split("/")[2:])), Broker.subscriptions(topics),
-            Will(topics.of("state"), messages.encode(offline)),
-        )  # fmt: skip
+        client = "-".join(("ei", *topics.root.split("/")[2:]))
+        will = Will(topics.of("state"), messages.encode(offline))
+        self.connection = connection_of(device, client, Broker.subscriptions(topics), will)
+        heard = connection_of(device, f"{client}.handshake", Handshake.subscriptions(topics))
         metrics = device.config.metrics
         self.metrics = Metrics(metrics, self._reading) if metrics is not None else None
         self.outputs = {name: Outputs(name, config) for name, config in device.config.outputs.items() if name in line.stations}
         self.stations = {name: Station(name, config, self._setting(name, config)) for name, config in line.stations.items()}
-        self.broker = Broker(self.connection, topics, self.outbox, self.stations, tick=self.watchdog.loop("broker"))
+        self.broker = Broker(
+            self.connection, topics, self.outbox, self.stations, tick=self.watchdog.loop("broker"), hears=heard.connected.is_set
+        )
+        self.handshake = Handshake(
+            heard, topics, self.outbox, self.stations, self.broker.refuse, tick=self.watchdog.loop("handshake")
+        )
         self.alarms = _Alarms(self.broker, self.stations)
         for output in self.outputs.values():
             stack.enter_context(output)
-        for part in (self.outbox, self.evidence, self.connection, self.broker, *((self.metrics,) if self.metrics else ())):
-            stack.enter_context(part)
+        parts = (self.outbox, self.evidence, heard, self.connection, self.handshake, self.broker, self.metrics)
+        for part in parts:
+            if part is not None:
+                stack.enter_context(part)
         stack.callback(self.broker.retain, offline, "state")
         self.broker.retain(self._state, "state")
         for station in self.stations.values():
-            station.voice = self.broker
+            station.voice = Voice(self.handshake.verdict, self.broker.retain)
             station.announce()
             stack.enter_context(station)
         for station in self.stations.values():
@@ -151,6 +163,7 @@ class _Line:
         for failure in (
             self.outbox.failure,
             self.broker.failure,
+            self.handshake.failure,
             *(o.failure for o in outputs),
             *(s.failure for s in stations),
         ):
@@ -177,11 +190,16 @@ class _Line:
             )
             for name in sorted(set(self.device.config.outputs) - set(self.stations))
         ]
+        if not (self.connection.connected.is_set() and self.handshake.connection.refusal):
+            self._together_s = time.monotonic()
+        elif time.monotonic() - self._together_s > _APART_S:
+            text = f"no trigger is heard and no verdict told: {self.handshake.connection.refusal}"
+            causes.append(Cause(code="no_handshake", severity="failure", thing="device", text=text))
         causes += [Cause(code="hanging", severity="failure", thing=name, text="does not answer") for name in hanging]
         self._clock = health.clock()
         self.alarms.update(causes)
         cameras = {f"{s.name}/{name}": _facts(camera) for s in stations for name, camera in s.cameras.items()}
-        dropped = self.broker.refused + self.connection.dropped
+        dropped = self.broker.refused + self.connection.dropped + self.handshake.connection.dropped
         told = self._health = health.assess(causes, self.outbox.counts, self._clock, dropped, cameras)
         news = (told.status, [(cause.severity, cause.code, cause.thing) for cause in told.reasons])  # texts hold figures
         if news != self._told or time.monotonic() - self._told_s > HEALTH_EVERY_S:
@@ -201,9 +219,14 @@ class _Line:
             return None
         return Reading(
             self._health, self._state, {name: station.trends for name, station in self.stations.items()},
-            dict(self.evidence.used), self.evidence.dropped, self.connection.connected.is_set(), self.connection.reconnects,
+            dict(self.evidence.used), self.evidence.dropped, self._refusal() is None, self.connection.reconnects,
             shutil.disk_usage(self.device.state).free, self.watchdog.silent_s(),
         )  # fmt: skip
+
+    def _refusal(self) -> str | None:
+        """Why not both connections to the broker stand; None where they do."""
+        connections = (self.connection, self.handshake.connection)
+        return next((connection.refusal for connection in connections if not connection.connected.is_set()), None)
 
     def summary(self) -> str:
         """One line for `systemctl status`."""
@@ -211,7 +234,8 @@ class _Line:
             f"{name}: {s.counts.passed} pass, {s.counts.failed} fail, {s.counts.undecided} undecided"
             for name, s in self.stations.items()
         ]
-        broker = "connected" if self.connection.connected.is_set() else f"no broker ({self.connection.refusal})"
+        refusal = self._refusal()
+        broker = "connected" if refusal is None else f"no broker ({refusal})"
         return "; ".join([*parts, broker, f"{self.outbox.counts.pending} results to send"])
 
 

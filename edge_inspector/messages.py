@@ -6,11 +6,13 @@ Subscribers ignore unknown fields; an added field keeps v1.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel
 
+from edge_inspector.errors import InspectorError
 from edge_inspector.results import Evidence, Moment, Reason, Result, Verdict
 from edge_inspector.schema import MAX_BYTES, Field, TolerantModel, read_json, validate
 from edge_inspector.signatures import Signature
@@ -46,6 +48,16 @@ class Topics:
         """The levels below this device's root; empty for a foreign topic."""
         prefix = self.root + "/"
         return tuple(topic[len(prefix) :].split("/")) if topic.startswith(prefix) else ()
+
+
+S = TypeVar("S")
+
+
+def named(stations: Mapping[str, S], name: str) -> S:
+    """The station that a message is for. Raises InspectorError."""
+    if name not in stations:
+        raise InspectorError(f"no station {name!r}", hint=f"stations here: {', '.join(stations)}")
+    return stations[name]
 
 
 class Tagged(TolerantModel):

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import random
@@ -51,6 +50,13 @@ class Message:
     payload: bytes
     retain: bool
     ack: tuple[int, int, int]
+
+    def check(self, most_bytes: int, *, retained: bool = False) -> None:
+        """Refuse a message that is too large, or retained where that may not be. Raises BrokerError."""
+        if len(self.payload) > most_bytes:
+            raise BrokerError(f"{self.topic}: {len(self.payload)} bytes, too large")
+        if self.retain and not retained:
+            raise BrokerError(f"{self.topic}: retained messages are refused", hint="publish it without the retain flag")
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Connection:
         self._durable = durable
         self.config, self.client_id = config, client_id
         self.endpoint = f"{config.host}:{config.port}"
-        self.events: queue.Queue[Event] = queue.Queue(EVENTS)
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()  # its `put` waits for nobody who hangs in `get`
         self.connected = threading.Event()
         self.dropped = 0
         self.reconnects = 0
@@ -170,8 +176,7 @@ class Connection:
     def wake(self) -> None:
         """Make whoever waits for an event look around."""
         if self.events.empty():
-            with contextlib.suppress(queue.Full):
-                self.events.put_nowait(Woken())
+            self.events.put(Woken())
 
     @property
     def standing(self) -> int | None:
@@ -236,7 +241,7 @@ class Connection:
         if self.config.protocol == "auto" and not self._proven:
             self.version = 4 if self.version == 5 else 5
         if not self.refusal:
-            self._note(f"{self.endpoint}: no answer to CONNECT")
+            self._note(f"{self.endpoint}: no answer")
 
     def _note(self, refusal: str) -> None:
         if refusal != self.refusal:
@@ -277,13 +282,11 @@ class Connection:
                 self._gone.set()
                 return
             self.refusal = ""
+            self._proven = True
             if self._subscriptions:
                 client.subscribe([(topic, 1) for topic in self._subscriptions])
-            self._proven = True
-            self._answered.set()
-            log.info("broker %s: connected, MQTT %s", self.endpoint, "5" if self.version == 5 else "3.1.1")
-            self.connected.set()
-            self.wake()
+            else:
+                self._stand()
 
         def on_message(_c: paho.Client, _u: Any, message: paho.MQTTMessage) -> None:
             ack = (generation, message.mid, message.qos)
@@ -298,14 +301,27 @@ class Connection:
                 self._put(Acknowledged(generation << 16 | mid))
 
         client.on_connect = on_connect
+        client.on_subscribe = lambda _c, _u, _m, reasons, _p: self._subscribed(reasons)
         client.on_message = on_message
         client.on_publish = on_publish
         client.on_disconnect = lambda _c, _u, _f, _r, _p: self._gone.set()
 
+    def _subscribed(self, reasons: list[ReasonCode]) -> None:
+        for topic, reason in zip(self._subscriptions, reasons, strict=False):
+            if reason.is_failure:
+                self._note(f"{self.endpoint} refuses to deliver {topic}: {reason}")
+        self._stand()
+
+    def _stand(self) -> None:
+        self._answered.set()
+        log.info("broker %s: connected, MQTT %s", self.endpoint, "5" if self.version == 5 else "3.1.1")
+        self.connected.set()
+        self.wake()
+
     def _put(self, event: Event) -> None:
-        try:
-            self.events.put_nowait(event)
-        except queue.Full:  # not acknowledged, so it comes again on a new connection
+        if self.events.qsize() < EVENTS:
+            self.events.put(event)
+        else:  # not acknowledged, so it comes again on a new connection
             self.dropped += 1
             self._gone.set()
 

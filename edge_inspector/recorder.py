@@ -12,14 +12,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Protocol
 
-from edge_inspector.broker import verdict_of
 from edge_inspector.config import StationConfig
 from edge_inspector.errors import OutboxError
 from edge_inspector.frames import Frame, Trigger, utc_now
+from edge_inspector.handshake import verdict_of
 from edge_inspector.inspector import Inspection, Inspectors
-from edge_inspector.messages import Cause, Ready, VerdictMessage
+from edge_inspector.messages import Cause, VerdictMessage
 from edge_inspector.results import Reason, RecipeRef, Result, Times, Verdict
 from edge_inspector.setting import Setting
 from edge_inspector.trends import Trends
@@ -30,16 +29,14 @@ UNJUDGED_TOLD = 5
 """Parts in a row that could not be judged although all was ready, at which health says so."""
 
 
-class Voice(Protocol):
+@dataclass(frozen=True)
+class Voice:
     """Where verdicts and readiness go."""
 
-    def verdict(self, verdict: VerdictMessage) -> bool:
-        """Tell the diverter."""
-        ...
-
-    def retain(self, message: Ready, *levels: str) -> None:
-        """Publish a retained message."""
-        ...
+    verdict: Callable[[VerdictMessage], bool]
+    """Tells the diverter."""
+    retain: Callable[..., None]
+    """Publishes a retained message: message, topic levels."""
 
 
 @dataclass

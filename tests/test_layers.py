@@ -17,7 +17,7 @@ LINES = [
     {"config"},
     {"matching", "outputs", "preprocess", "scoring", "systemd", "documents", "trends"},
     {"cameras", "runtime", "outbox", "mqtt"},
-    {"inspector", "broker", "health", "subscriber", "capture", "metrics", "selftest"},
+    {"inspector", "broker", "handshake", "health", "subscriber", "capture", "metrics", "selftest"},
     {"evidence"},
     {"setting"},
     {"recorder"},

@@ -121,10 +121,12 @@ def times_us(machine: Machine) -> tuple[int, int]:
     return int(told["ExecMainStartTimestampMonotonic"]), int(told["ActiveEnterTimestampMonotonic"])
 
 
-def back_s(machine: Machine, since_us: int, timeout_s: float) -> tuple[float, float]:
-    """Seconds from a fault to READY, and those of them that the start itself took."""
+def back_s(machine: Machine, since_us: int, timeout_s: float, listener: Listener | None = None) -> tuple[float, float]:
+    """Seconds from a fault to READY, and those of them that the start itself took. `listener` listens meanwhile: verdicts expire."""
 
     def ready() -> tuple[int, int] | None:
+        if listener is not None:
+            listener.pump()
         started, active = times_us(machine)
         return (started, active) if active > started > since_us else None
 
@@ -156,15 +158,15 @@ def test_a_thread_that_hangs_is_noticed_and_the_service_is_back(tmp_path: Path, 
             verdicts = len(listener.of("verdict", "sheet"))
             with stopped(machine.main(UNIT), thread):
                 at = monotonic_us()
-                seconds, start = back_s(machine, at, 60)
+                seconds, start = back_s(machine, at, 60, listener)
             took.append(seconds - start)
             told.append(len(listener.of("verdict", "sheet")) - verdicts)
         dumped = [entry for entry in machine.journal(UNIT) if "Fatal Python error: Aborted" in str(entry["MESSAGE"])]
         assert len(dumped) == rounds, "where every thread was"
     print(f"\n{thread}: READY at most {max(took):.1f} s after it hung, less the start itself; {told} verdicts meanwhile")
     assert max(took) <= 1.6 * WATCHDOG_S
-    if thread == "broker":  # caught within a call that holds a lock of the client's it holds up whoever publishes, too
-        assert statistics.median(told) > 20, "a hung publisher must not stop verdicts"
+    if thread == "broker":
+        assert min(told) > 20, "a hung publisher must not stop verdicts"
 
 
 def test_a_hanging_camera_is_replaced_and_the_service_goes_on(tmp_path: Path, mosquitto: Mosquitto) -> None:

@@ -1,0 +1,153 @@
+"""What a controller and the stations say to each other: triggers in, verdicts out.
+
+It has a connection and a thread of its own, and shares no lock with the thread that sends results: one that hangs, or a
+connection full of them, holds up no verdict.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from datetime import timedelta
+from functools import partial
+from types import TracebackType
+from typing import Protocol
+
+from edge_inspector import messages
+from edge_inspector.errors import InspectorError, OutboxError
+from edge_inspector.frames import Trigger, utc_now
+from edge_inspector.messages import Topics, TriggerRequest, VerdictMessage
+from edge_inspector.mqtt import Connection, Message
+from edge_inspector.outbox import Journalled, Outbox
+from edge_inspector.results import Result
+from edge_inspector.threads import Thread
+
+log = logging.getLogger(__name__)
+
+_WAIT_S = 0.25
+_REDELIVER_S = 2.0
+
+
+class TriggerTaker(Protocol):
+    """A station, as far as its controller knows it."""
+
+    expires_ms: int
+
+    def offer(self, trigger: Trigger) -> None:
+        """Take a journalled trigger; must not block."""
+        ...
+
+
+class Handshake:
+    """Use as a context manager. One thread; `verdict` may be called from any."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        topics: Topics,
+        outbox: Outbox,
+        stations: Mapping[str, TriggerTaker],
+        refuse: Callable[[str, InspectorError], None],
+        *,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`refuse` hears of triggers that are not taken; `tick` is called at least once a second while the thread is alive."""
+        self.connection, self.topics, self.outbox, self.stations = connection, topics, outbox, stations
+        self.failure: Exception | None = None
+        self._refuse, self._tick = refuse, tick
+        self._redeliver_s: float | None = None
+        self._closing = threading.Event()
+        self._thread = Thread(target=self._run, name="handshake", daemon=True)
+
+    @staticmethod
+    def subscriptions(topics: Topics) -> tuple[str, ...]:
+        """What it listens to."""
+        return (topics.of("trigger", "+"),)
+
+    def __enter__(self) -> Handshake:
+        """Start."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Take no more triggers."""
+        self._closing.set()
+        self.connection.wake()
+        self._thread.join(1.0)
+
+    def verdict(self, verdict: VerdictMessage) -> bool:
+        """Tell the diverter, at once or never; returns whether there was a connection."""
+        left_s = min((verdict.expires_at - utc_now()).total_seconds(), self.stations[verdict.station].expires_ms / 1000)
+        topic = self.topics.of("verdict", verdict.station)
+        return self.connection.publish(topic, messages.encode(verdict), expires_s=left_s) is not None
+
+    # --- the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._tick()
+                try:
+                    event = self.connection.events.get(timeout=_WAIT_S)
+                except queue.Empty:
+                    event = None
+                if isinstance(event, Message):
+                    self._take(event)
+                if self._redeliver_s is not None and time.monotonic() > self._redeliver_s:
+                    self._redeliver_s = None
+                    self.connection.redeliver()
+        except Exception as error:
+            log.exception("handshake thread ended")
+            self.failure = error
+
+    def _take(self, message: Message) -> None:
+        name = self.topics.within(message.topic)[1]
+        try:
+            message.check(messages.MAX_REQUEST_BYTES)
+            station = messages.named(self.stations, name)
+            request = messages.decode(TriggerRequest, message.payload, message.topic)
+            now_s, now = time.monotonic(), utc_now()
+            left_s = station.expires_ms / 1000
+            if request.expires_at is not None:
+                left_s = max(0.0, min(left_s, request.expires_at.timestamp() - now.timestamp()))
+            trigger = Trigger(
+                request.trigger_id, now_s, now, now_s + left_s, now + timedelta(seconds=left_s),
+                request.part_id, request.product, journalled=True,
+            )  # fmt: skip
+            future = self.outbox.journal(name, trigger)
+            future.add_done_callback(partial(self._journalled, name, trigger, message))
+        except OutboxError:  # not acknowledged: it comes again when the disk has caught up
+            self._redeliver_s = time.monotonic() + _REDELIVER_S
+        except InspectorError as error:
+            self._refused(name, error, message)
+        except (ArithmeticError, TypeError, ValueError) as error:  # never die of a message: it would come again for ever
+            log.exception("message on %s", message.topic)
+            self._refused(name, InspectorError(f"{message.topic}: {error}"), message)
+
+    def _refused(self, station: str, error: InspectorError, message: Message) -> None:
+        self._refuse(station, error)
+        self.connection.acknowledge(message.ack)
+
+    def _journalled(self, name: str, trigger: Trigger, message: Message, future: Future[Journalled]) -> None:
+        """On disk (this is the committer's thread): now it may be acknowledged and acted on."""
+        if future.exception() is not None:
+            return
+        self.connection.acknowledge(message.ack)
+        answer = future.result()
+        if answer.new:
+            self.stations[name].offer(trigger)
+        elif answer.result is not None:
+            known = messages.decode(Result, answer.result, name)
+            self.verdict(verdict_of(known, repeated=True))
+
+
+def verdict_of(result: Result, *, repeated: bool = False) -> VerdictMessage:
+    """What the diverter is told of a result."""
+    return VerdictMessage(
+        station=result.station, trigger_id=result.trigger_id, part_id=result.part_id, verdict=result.verdict,
+        reason=result.reason, repeated=repeated, expires_at=result.expires_at,
+    )  # fmt: skip

@@ -1,0 +1,98 @@
+"""Triggers and verdicts do not depend on what sends results, and no station is told ready whose triggers would be lost."""
+
+from __future__ import annotations
+
+import socket
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from edge_inspector.broker import Broker
+from edge_inspector.config import BrokerConfig
+from edge_inspector.frames import Trigger, utc_now
+from edge_inspector.handshake import Handshake
+from edge_inspector.messages import VerdictMessage
+from edge_inspector.mqtt import Connection
+from edge_inspector.outbox import Outbox
+from edge_inspector.results import Reason, Verdict
+from tests.faults.proxy import Proxy
+from tests.line import TOPICS, DaemonProcess, Mosquitto, device_folder, line_yaml, listening, until
+from tests.test_broker import result
+
+
+class _Answering:
+    """A station that fails every part at once."""
+
+    expires_ms = 5000
+
+    def __init__(self) -> None:
+        self.handshake: Handshake | None = None
+
+    def offer(self, trigger: Trigger) -> None:
+        assert self.handshake is not None
+        at = utc_now() + timedelta(seconds=5)
+        failed = VerdictMessage(
+            station="sheet", trigger_id=trigger.trigger_id, verdict=Verdict.FAIL, reason=Reason.ABOVE_THRESHOLD, expires_at=at
+        )
+        assert self.handshake.verdict(failed)
+
+    def command(self, name: str, product: str | None) -> None:
+        raise AssertionError(name)
+
+
+def test_a_hung_publisher_holds_up_no_verdict(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    config, station = BrokerConfig(host="127.0.0.1", port=mosquitto.port), _Answering()
+    with (
+        Outbox(tmp_path, ["sheet"], quota_mb=4) as outbox,
+        Connection(config, "edge", subscriptions=Broker.subscriptions(TOPICS)) as connection,
+        Connection(config, "edge-handshake", subscriptions=Handshake.subscriptions(TOPICS)) as heard,
+        Broker(connection, TOPICS, outbox, {"sheet": station}) as broker,
+        Handshake(heard, TOPICS, outbox, {"sheet": station}, broker.refuse) as station.handshake,
+        listening(mosquitto.port) as listener,
+    ):
+        until(lambda: connection.connected.is_set() and heard.connected.is_set(), what="connections")
+        outbox.append(result(1))
+        until(lambda: listener.of("result", "sheet"), what="a result while nothing hangs")
+        client = connection._client
+        assert client is not None
+        with client._out_message_mutex:  # the publisher hangs in the midst of a publication, as long as this lasts
+            outbox.append(result(2))
+            for n in range(50):
+                listener.say({"trigger_id": f"T-{n}"}, "trigger", "sheet")
+            listener.say({"nonsense": 1}, "trigger", "sheet")  # a refusal is told by who hangs, and holds up nothing
+            listener.say({"trigger_id": "T-50"}, "trigger", "sheet")
+            until(lambda: len(listener.of("verdict", "sheet")) == 51, what="verdicts beside a publisher that hangs")
+            assert len(listener.of("result", "sheet")) == 1, "it does not hang"
+            assert not listener.of("alert", "device")
+        until(lambda: len(listener.of("result", "sheet")) == 2 and listener.of("alert", "sheet"), what="what was held up")
+
+
+class _Doorkeeper(Proxy):
+    """Lets no handshake through while `closed`."""
+
+    closed = True
+
+    def _join(self, client: socket.socket) -> None:
+        if self.closed and b".handshake" in client.recv(4096, socket.MSG_PEEK):
+            client.close()
+        else:
+            super()._join(client)
+
+
+def test_nothing_is_ready_before_triggers_are_heard(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    proxy = _Doorkeeper(mosquitto.port)
+    with listening(mosquitto.port) as listener, proxy:
+        folder = device_folder(tmp_path / "device", proxy.port, line_yaml())
+
+        def reasons() -> list[str]:
+            return [reason["code"] for health in listener.of("health")[-1:] for reason in health["reasons"]]
+
+        with DaemonProcess(folder):
+            until(lambda: "no_handshake" in reasons(), 30, what="health says so")
+            time.sleep(0.5)
+            assert not listener.of("ready", "sheet")
+            proxy.closed = False
+            until(lambda: any(ready["ready"] for ready in listener.of("ready", "sheet")), what="ready")
+            listener.say({"trigger_id": "T-1"}, "trigger", "sheet")
+            until(lambda: listener.of("verdict", "sheet"), what="verdict")
+            until(lambda: "no_handshake" not in reasons(), what="health says no more")
