@@ -289,10 +289,10 @@ class Broker:
             else:
                 self._take_command(levels[1], message)
         except InspectorError as error:
-            self.refuse(levels[1] if len(levels) > 1 else "", error)
+            self.refuse(levels[1], error)
         except (ArithmeticError, TypeError, ValueError) as error:  # never die of a message: it would come again for ever
             log.exception("message on %s", message.topic)
-            self.refuse(levels[1] if len(levels) > 1 else "", InspectorError(f"{message.topic}: {error}"))
+            self.refuse(levels[1], InspectorError(f"{message.topic}: {error}"))
         self.connection.acknowledge(message.ack)
 
     def refuse(self, station: str, error: InspectorError) -> None:

@@ -290,6 +290,9 @@ class Connection:
 
         def on_message(_c: paho.Client, _u: Any, message: paho.MQTTMessage) -> None:
             ack = (generation, message.mid, message.qos)
+            if not any(paho.topic_matches_sub(asked, message.topic) for asked in self._subscriptions):
+                self.acknowledge(ack)  # there are brokers that deliver what was not asked for
+                return
             self._put(Message(message.topic, bytes(message.payload), message.retain, ack))
 
         def on_publish(_c: paho.Client, _u: Any, mid: int, reason: ReasonCode, _p: Any) -> None:

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
+from paho.mqtt.client import MQTTMessage
 
 from edge_inspector.broker import Broker
 from edge_inspector.config import BrokerConfig
@@ -126,6 +127,18 @@ def test_what_was_not_acknowledged_comes_again(mosquitto: Mosquitto) -> None:
         connection.acknowledge(again.ack)
         connection.redeliver()
         until(lambda: connection.reconnects >= 1, what="reconnect")
+
+
+def test_what_was_not_asked_for_is_not_taken() -> None:
+    connection = Connection(config(free_port()), "taker", subscriptions=["a/+"])
+    client = connection._made(1)
+    assert client.on_message is not None
+    for topic in (b"a/b/c", b"b", b"a/b"):  # amqtt 0.12 delivers what is retained on others, at times
+        client.on_message(client, None, MQTTMessage(topic=topic))
+    event = connection.events.get_nowait()
+    assert isinstance(event, Message)
+    assert event.topic == "a/b"
+    assert connection.events.empty()
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def test_watch_follows_results(tmp_path: Path, mosquitto: Mosquitto) -> None:
     folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml(trigger="free"))
     with DaemonProcess(folder) as daemon:
         until(lambda: "ready: sheet" in daemon.log, what="ready")
-        done = run("watch", "--config", str(folder / "device.yaml"), "--start", "all", "--seconds", "12", "--json")
+        done = run("watch", "--config", str(folder / "device.yaml"), "--start", "all", "--seconds", "6", "--json")
         read = run("watch", "--config", str(folder / "device.yaml"), "--seconds", "3")
         assert "ready/sheet  ready" in read.stderr
         assert "state  online" in read.stderr

@@ -248,7 +248,7 @@ def reported(listener: Listener) -> dict[str, Any]:
 
 def test_kills_while_configurations_come_and_go_end_in_a_confirmed_one(tmp_path: Path, mosquitto: Mosquitto) -> None:
     """The daemon is killed at any time while somebody wants, confirms and cancels; the broker is real, and so is the disk."""
-    kills, rng = (20 if LONG else 6), random.Random(5)
+    kills, rng = (20 if LONG else 3), random.Random(5)
     folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
     base = parse_line(read_yaml(line_yaml().encode(), "line.yaml"), "line.yaml").document()
     confirmed, version = {3}, 3
