@@ -50,9 +50,8 @@ ALERTS = 256
 """That wait to be sent."""
 ALERT_EXPIRES_S = 3600
 _WAIT_S = 0.25
-_RESULTS_HZ = 1000.0
-"""No faster than so, that a backlog leaves the processor to parts."""
-_SOON_S = 0.002
+_PACE_S = 0.005
+"""A backlog is sent a batch at a time: its acknowledgements gather meanwhile, and parts have the processor."""
 _HEAD_EVERY_S = 1.0
 _MAX_GAPS = 16
 
@@ -103,10 +102,6 @@ class Broker:
         self._alerts: queue.SimpleQueue[Alert] = queue.SimpleQueue()
         self._standing: int | None = None
         self._sent: dict[str, int] = {}
-        self._next_s = 0.0
-        """When results may be sent again."""
-        self._early = False
-        """Whether they were looked for before that."""
         self._in_flight: dict[int, tuple[str, int] | None] = {}
         self._head_at = 0.0
         self._replays: deque[_Replay] = deque()
@@ -156,12 +151,14 @@ class Broker:
             end = None
             while end is None or (time.monotonic() < end and self._pending()):
                 self._tick()
-                self._take_events(_SOON_S if end or self._early else _WAIT_S)
+                self._take_events(0.02 if end else _WAIT_S)
                 self._notice_connection()
                 self._send_alerts()
                 if self._standing is not None:
                     self._send_retained()
                     self._send_results()
+                    if len(self._in_flight) >= RESULTS_IN_FLIGHT:
+                        time.sleep(_PACE_S)
                     self._serve_replays()
                 self._redeliver()
                 if self._closing.is_set() and end is None:
@@ -228,10 +225,6 @@ class Broker:
     # --- results out
 
     def _send_results(self) -> None:
-        now = time.monotonic()
-        self._early = now < self._next_s
-        if self._early:
-            return
         for station in self.outbox.stations:
             room = RESULTS_IN_FLIGHT - len(self._in_flight)
             head = self.outbox.head(station)
@@ -244,7 +237,6 @@ class Broker:
                     return
                 self._in_flight[token] = (station, seq)
                 self._sent[station] = seq
-                self._next_s = max(now, self._next_s) + 1 / _RESULTS_HZ
 
     def _acknowledged(self, token: int) -> None:
         sent = self._in_flight.pop(token, None)
