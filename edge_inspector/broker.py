@@ -27,6 +27,7 @@ from edge_inspector.messages import (
     Command,
     Gap,
     Head,
+    Ready,
     ReplayEnd,
     ReplayRequest,
     Reply,
@@ -96,7 +97,8 @@ class Broker:
         self.refused = 0
         self.failure: Exception | None = None
         self._tick, self._hears = tick, hears
-        self._retained: dict[str, bytes] = {}
+        self._retained: dict[str, tuple[bytes, bool]] = {}
+        """Of each topic: payload, whether it waits until triggers are heard."""
         self._told: dict[str, bytes] = {}
         """Of what is retained, what this connection has been told."""
         self._alerts: queue.SimpleQueue[Alert] = queue.SimpleQueue()
@@ -135,7 +137,8 @@ class Broker:
 
     def retain(self, message: BaseModel, *levels: str) -> None:
         """Publish a retained message, now and on every new connection."""
-        self._retained[self.topics.of(*levels)] = messages.encode(message)
+        waits = isinstance(message, Ready) and message.ready  # a trigger that it asks for must not be lost
+        self._retained[self.topics.of(*levels)] = messages.encode(message), waits
         self.connection.wake()
 
     def alert(self, alert: Alert) -> None:
@@ -200,10 +203,9 @@ class Broker:
             self.connection.publish(self.topics.of("alert", alert.station), messages.encode(alert), expires_s=ALERT_EXPIRES_S)
 
     def _unsent(self) -> dict[str, bytes]:
-        """What is retained and not told yet. No station is ready whose triggers would be lost."""
-        held_back = () if self._hears() or self._closing.is_set() else (self.topics.of("ready", ""),)
-        retained = self._retained.copy()  # at once, beside whoever adds to it
-        return {t: p for t, p in retained.items() if self._told.get(t) != p and not t.startswith(held_back)}
+        """What is retained and not told yet."""
+        retained, hears = self._retained.copy(), self._hears()  # at once, beside whoever adds to it
+        return {t: p for t, (p, waits) in retained.items() if self._told.get(t) != p and (hears or not waits)}
 
     def _send_retained(self) -> None:
         if time.monotonic() - self._head_at > _HEAD_EVERY_S:
