@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -38,6 +39,15 @@ def _quiet(_: Progress) -> None:
     pass
 
 
+def _leave() -> None:
+    """End the group of processes while the interpreter still stands: gloo's threads abort a process that ends with them.
+
+    Fabric does so for NCCL alone. See https://github.com/pytorch/pytorch/issues/190489.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class Run:
     """What every family of networks needs to be fitted. Under torchrun each process has its own.
 
@@ -68,6 +78,8 @@ class Run:
             strategy="ddp" if world > 1 else "auto",
         )  # fmt: skip
         self.fabric.launch()
+        if world > 1:
+            atexit.register(_leave)
         self.folder, self.seed, self.on_progress, self.stopping = folder, seed, on_progress, stopping
         self.deadline_s = time.monotonic() + 60 * minutes if minutes else None
         self.rank, self.world, self.device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
