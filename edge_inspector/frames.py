@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
@@ -56,6 +58,29 @@ class Trigger:
     product: str | None = None
     journalled: bool = False
     """Whether the outbox holds it already, so that a crash cannot lose it."""
+
+
+class Coming:
+    """Triggers that were received and are still on their way, by the disk, to their station. For any thread."""
+
+    def __init__(self) -> None:
+        self._numbers = count()
+        self._since_s: dict[int, float] = {}
+
+    def begin(self) -> int:
+        """One is received, from now on; returns what `end` needs."""
+        number = next(self._numbers)
+        self._since_s[number] = time.monotonic()
+        return number
+
+    def end(self, number: int) -> None:
+        """It was offered to its station, or will not be."""
+        del self._since_s[number]
+
+    def heard_s(self) -> float:
+        """Of what was received before this (time.monotonic()), nothing is still on its way."""
+        now_s = time.monotonic()
+        return min(list(self._since_s.values()), default=now_s)
 
 
 def frozen(image: Pixels) -> Pixels:

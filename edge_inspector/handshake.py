@@ -19,7 +19,7 @@ from typing import Protocol
 
 from edge_inspector import messages
 from edge_inspector.errors import InspectorError, OutboxError
-from edge_inspector.frames import Trigger, utc_now
+from edge_inspector.frames import Coming, Trigger, utc_now
 from edge_inspector.messages import Topics, TriggerRequest, VerdictMessage
 from edge_inspector.mqtt import Connection, Message
 from edge_inspector.outbox import Journalled, Outbox
@@ -36,6 +36,7 @@ class TriggerTaker(Protocol):
     """A station, as far as its controller knows it."""
 
     expires_ms: int
+    coming: Coming
 
     def offer(self, trigger: Trigger) -> None:
         """Take a journalled trigger; must not block."""
@@ -110,16 +111,14 @@ class Handshake:
             message.check(messages.MAX_REQUEST_BYTES)
             station = messages.named(self.stations, name)
             request = messages.decode(TriggerRequest, message.payload, message.topic)
-            now_s, now = time.monotonic(), utc_now()
-            left_s = station.expires_ms / 1000
-            if request.expires_at is not None:
-                left_s = max(0.0, min(left_s, request.expires_at.timestamp() - now.timestamp()))
-            trigger = Trigger(
-                request.trigger_id, now_s, now, now_s + left_s, now + timedelta(seconds=left_s),
-                request.part_id, request.product, journalled=True,
-            )  # fmt: skip
-            future = self.outbox.journal(name, trigger)
-            future.add_done_callback(partial(self._journalled, name, trigger, message))
+            coming = station.coming.begin()  # before its own time
+            try:
+                trigger = _trigger(request, station.expires_ms / 1000)
+                future = self.outbox.journal(name, trigger)
+            except Exception:
+                station.coming.end(coming)
+                raise
+            future.add_done_callback(partial(self._journalled, name, trigger, coming, message))
         except OutboxError:  # not acknowledged: it comes again when the disk has caught up
             self._redeliver_s = time.monotonic() + _REDELIVER_S
         except InspectorError as error:
@@ -132,17 +131,31 @@ class Handshake:
         self._refuse(station, error)
         self.connection.acknowledge(message.ack)
 
-    def _journalled(self, name: str, trigger: Trigger, message: Message, future: Future[Journalled]) -> None:
+    def _journalled(self, name: str, trigger: Trigger, coming: int, message: Message, future: Future[Journalled]) -> None:
         """On disk (this is the committer's thread): now it may be acknowledged and acted on."""
-        if future.exception() is not None:
-            return
-        self.connection.acknowledge(message.ack)
-        answer = future.result()
-        if answer.new:
-            self.stations[name].offer(trigger)
-        elif answer.result is not None:
-            known = messages.decode(Result, answer.result, name)
-            self.verdict(verdict_of(known, repeated=True))
+        try:
+            if future.exception() is not None:
+                return
+            self.connection.acknowledge(message.ack)
+            answer = future.result()
+            if answer.new:
+                self.stations[name].offer(trigger)
+            elif answer.result is not None:
+                known = messages.decode(Result, answer.result, name)
+                self.verdict(verdict_of(known, repeated=True))
+        finally:
+            self.stations[name].coming.end(coming)
+
+
+def _trigger(request: TriggerRequest, left_s: float) -> Trigger:
+    """What is asked for, as of now; it expires in `left_s` at the latest."""
+    now_s, now = time.monotonic(), utc_now()
+    if request.expires_at is not None:
+        left_s = max(0.0, min(left_s, request.expires_at.timestamp() - now.timestamp()))
+    return Trigger(
+        request.trigger_id, now_s, now, now_s + left_s, now + timedelta(seconds=left_s),
+        request.part_id, request.product, journalled=True,
+    )  # fmt: skip
 
 
 def verdict_of(result: Result, *, repeated: bool = False) -> VerdictMessage:

@@ -113,9 +113,9 @@ class Matcher:
             self._exposures.append(Exposure(at_s, {camera: frame}))
             self._exposures.sort(key=lambda exposure: exposure.at_s)
 
-    def due(self, now_s: float) -> list[Part]:
-        """Parts that can be judged, or given up, now."""
-        parts = self._announced_parts(now_s) if self.announced else self._plain_parts(now_s)
+    def due(self, now_s: float, heard_s: float) -> list[Part]:
+        """Parts that can be judged, or given up, now; all that was announced before `heard_s` is known."""
+        parts = self._announced_parts(now_s, heard_s) if self.announced else self._plain_parts(now_s)
         self.counts.missing += sum(part.frames.keys() != self.cameras for part in parts)
         return parts
 
@@ -130,7 +130,7 @@ class Matcher:
         lost, self._unseen = self._unseen, 0
         return [Part(None, {})] * lost + [Part(None, dict(exposure.frames)) for exposure in closed]
 
-    def _announced_parts(self, now_s: float) -> list[Part]:
+    def _announced_parts(self, now_s: float, heard_s: float) -> list[Part]:
         parts: list[Part] = []
         for trigger in list(self._triggers):
             if trigger not in self._triggers:  # given up with a rival
@@ -138,7 +138,7 @@ class Matcher:
             due_s = trigger.received_s + self.delay_s
             mine = min(self._exposures, key=lambda e: abs(e.at_s - due_s), default=None)
             if mine is not None and self._may_be(mine, trigger):
-                if not self._settled(mine, now_s) or now_s < self._known_s(mine):
+                if not self._settled(mine, now_s) or heard_s < self._known_s(mine):
                     continue
                 rivals = [t for t in self._triggers if self._may_be(mine, t)]
                 self._exposures.remove(mine)
@@ -148,7 +148,7 @@ class Matcher:
             elif now_s > due_s + self.tolerance_s + self.patience_s or len(self._triggers) > MOST:
                 self._triggers.remove(trigger)
                 parts.append(Part(trigger, {}, self._nearest(due_s)))
-        waits = [e for e in self._exposures if now_s <= self._known_s(e) or any(self._may_be(e, t) for t in self._triggers)]
+        waits = [e for e in self._exposures if heard_s <= self._known_s(e) or any(self._may_be(e, t) for t in self._triggers)]
         extra = len(self._exposures) - len(waits[-MOST:])
         self.counts.extra += extra
         self._unfitting_s = now_s if extra else self._unfitting_s
@@ -165,7 +165,7 @@ class Matcher:
         return f"{words}; the nearest came {abs(nearest) * 1e3:.0f} ms {'after' if nearest > 0 else 'before'} it (delay_ms)"
 
     def _known_s(self, exposure: Exposure) -> float:
-        """From when on every announcement that could claim it has been heard."""
+        """The last moment at which an announcement could come that claims it."""
         return exposure.at_s + self.tolerance_s - self.delay_s
 
     def _may_be(self, exposure: Exposure, trigger: Trigger) -> bool:

@@ -20,7 +20,7 @@ from types import TracebackType
 from edge_inspector.cameras import Camera, CameraState
 from edge_inspector.config import StationConfig
 from edge_inspector.errors import CameraEnded, EngineLost, InspectorError
-from edge_inspector.frames import Frame, Trigger, utc_now
+from edge_inspector.frames import Coming, Frame, Trigger, utc_now
 from edge_inspector.inspector import Inspection, Inspectors
 from edge_inspector.matching import Matcher, Part
 from edge_inspector.messages import Cause, EngineState, Ready
@@ -63,6 +63,7 @@ class Station:
         """What judges each part a second time, for comparison."""
         self.is_stuck = False
         """Whether its thread did not end when it was left."""
+        self.coming = Coming()
         self.cameras: dict[str, Camera] = {}
         self._triggers: queue.Queue[Trigger] = queue.Queue(QUEUE)
         self._matcher = Matcher.of(config) if config.trigger == "hardware" else None
@@ -236,7 +237,7 @@ class Station:
                 else:
                     self._triggered_part()
             if self._matcher is not None and not self._matcher.announced:  # the others are in the journal
-                for part in self._matcher.due(float("inf")):
+                for part in self._matcher.due(float("inf"), float("inf")):
                     trigger = self._free_trigger(next(iter(part.frames.values()), None))
                     self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.INTERRUPTED, "the station was stopped"))
         except Exception as error:
@@ -360,7 +361,7 @@ class Station:
         """Give images that a sensor fired, and announcements, to the matcher; judge what it has put together."""
         self._wake.wait(_MATCH_WAIT_S)
         self._wake.clear()
-        ended = 0
+        heard_s, ended = self.coming.heard_s(), 0  # before the queue is emptied
         while not self._triggers.empty():
             matcher.announce(self._triggers.get_nowait())
         for name, camera in self.cameras.items():
@@ -369,7 +370,7 @@ class Station:
                     matcher.seen(name, frame)
             except CameraEnded:
                 ended += 1
-        for part in matcher.due(time.monotonic()):
+        for part in matcher.due(time.monotonic(), heard_s):
             self._matched_part(part)
         if ended == len(self.cameras):
             self.ended.set()

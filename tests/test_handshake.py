@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
 from edge_inspector.broker import Broker
 from edge_inspector.config import BrokerConfig
-from edge_inspector.frames import Trigger, utc_now
+from edge_inspector.frames import Coming, Trigger, utc_now
 from edge_inspector.handshake import Handshake
 from edge_inspector.messages import VerdictMessage
 from edge_inspector.mqtt import Connection
@@ -25,6 +27,7 @@ class _Answering:
     expires_ms = 5000
 
     def __init__(self) -> None:
+        self.coming = Coming()
         self.handshake: Handshake | None = None
 
     def offer(self, trigger: Trigger) -> None:
@@ -64,6 +67,43 @@ def test_a_hung_publisher_holds_up_no_verdict(tmp_path: Path, mosquitto: Mosquit
             assert len(listener.of("result", "sheet")) == 1, "it does not hang"
             assert not listener.of("alert", "sheet")
         until(lambda: len(listener.of("result", "sheet")) == 2 and listener.of("alert", "sheet"), what="what was held up")
+
+
+def test_what_waits_for_the_disk_counts_as_not_heard(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    config, station = BrokerConfig(host="127.0.0.1", port=mosquitto.port), _Answering()
+    stuck, free = threading.Event(), threading.Event()
+
+    def disk() -> None:
+        stuck.set()
+        assert free.wait(30)
+
+    with (
+        Outbox(tmp_path, ["sheet"], quota_mb=4) as outbox,
+        Connection(config, "edge-handshake", subscriptions=Handshake.subscriptions(TOPICS)) as heard,
+        Handshake(heard, TOPICS, outbox, {"sheet": station}, lambda *_: None) as station.handshake,
+        listening(mosquitto.port) as listener,
+    ):
+        until(heard.connected.is_set, what="connection")
+        outbox.on_commit(disk)
+        outbox.submit(result(1))
+        assert stuck.wait(10)
+        sent_s = time.monotonic()
+        assert station.coming.heard_s() >= sent_s
+        listener.say({"trigger_id": "T-1"}, "trigger", "sheet")
+        until(lambda: station.coming.heard_s() < time.monotonic() - 0.5, what="a trigger that waits")
+        assert station.coming.heard_s() > sent_s
+        free.set()
+        until(lambda: listener.of("verdict", "sheet"), what="verdict")
+        until(lambda: station.coming.heard_s() > time.monotonic() - 0.1, what="nothing that waits")
+        for wrong in (
+            {"trigger_id": "T-1"},
+            {"trigger_id": "T-2", "expires_at": "0001-01-01T00:00:00+14:00"},
+            {"trigger_id": 3},
+        ):
+            listener.say(wrong, "trigger", "sheet")
+        listener.say({"trigger_id": "T-3"}, "trigger", "sheet")
+        until(lambda: "T-3" in [told["trigger_id"] for told in listener.of("verdict", "sheet")], what="the last one")
+        until(lambda: station.coming.heard_s() > time.monotonic() - 0.1, what="nothing that waits, after those refused")
 
 
 class _Doorkeeper(Proxy):

@@ -100,11 +100,16 @@ class Line:
         return matcher.counts
 
     def announce(self, name: str) -> None:
-        """A trigger, journalled as the broker's would be."""
+        """A trigger, journalled as the broker's would be: nobody waits for the disk."""
+        coming = self.station.coming.begin()
         now = time.monotonic()
         trigger = Trigger(name, now, utc_now(), now + EXPIRES_S, utc_now() + timedelta(seconds=EXPIRES_S))
-        self.outbox.journal("press", trigger).result(10)
-        self.station.offer(replace(trigger, journalled=True))
+
+        def journalled(_: object) -> None:
+            self.station.offer(replace(trigger, journalled=True))
+            self.station.coming.end(coming)
+
+        self.outbox.journal("press", trigger).add_done_callback(journalled)
 
     def fire(self, count: int, every_s: float = 0.15) -> set[str]:
         """So many parts come by."""
