@@ -64,6 +64,7 @@ class Station:
         self.is_stuck = False
         """Whether its thread did not end when it was left."""
         self.coming = Coming()
+        """Triggers received for it and not offered yet."""
         self.cameras: dict[str, Camera] = {}
         self._triggers: queue.Queue[Trigger] = queue.Queue(QUEUE)
         self._matcher = Matcher.of(config) if config.trigger == "hardware" else None
