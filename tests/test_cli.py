@@ -167,3 +167,13 @@ def test_the_demo_runs_the_whole_line_and_tells_the_truth(tmp_path: Path) -> Non
     assert f"{rejects} of 40 good parts rejected, {escapes} of 20 defective parts passed" in done.stdout
     assert len(list((tmp_path / "out" / "failed").glob("*.jpg"))) == len(failed) > 0
     assert "edge-inspector train" in done.stdout
+
+
+def test_without_a_terminal_long_work_tells_how_far_it_is_in_lines() -> None:
+    from edge_inspector.cli import shown
+
+    with shown.progress_bar() as bar, shown.err.capture() as told:
+        task = bar.add_task("features", total=3, figures="")
+        for _ in range(3):
+            bar.advance(task)
+    assert told.get() == "features: 3 of 3 in 0 s\n"

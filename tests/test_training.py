@@ -151,24 +151,58 @@ def test_an_interrupted_gan_resumes_to_the_same_network(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_flagship_resumes_to_the_same_network(tmp_path: Path) -> None:
-    surveyed = data.survey(drawn(tmp_path / "good", 24))
+    """Within the features, the generator and the discriminator: nothing is done twice but what was under way."""
+    surveyed = data.survey(drawn(tmp_path / "good", 80))
     spec = SMALL.input_spec(surveyed, None, 0)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     whole = SMALL.fit(surveyed, spec, None, Run(tmp_path / "a"))
     seen: list[Progress] = []
-    stopped = Run(tmp_path / "b", on_progress=seen.append, stopping=lambda: "2 of 3" in seen[-1].stage)
-    with pytest.raises(KeyboardInterrupt):
-        SMALL.fit(surveyed, spec, None, stopped)
-    seen.clear()
-    run = Run(tmp_path / "b", on_progress=seen.append)
-    resumed = SMALL.fit(surveyed, spec, None, run)
+    for stage, step, first in (
+        ("features", 70, ("features", 1)),
+        ("generator 2 of 3", 13, ("features", 65)),
+        ("discriminator 2 of 3", 7, ("generator 2 of 3", 14)),
+        ("", 0, ("discriminator 2 of 3", 8)),
+    ):
+        seen.clear()
+
+        def stop(stage: str = stage, step: int = step) -> bool:
+            return bool(seen) and (seen[-1].stage, seen[-1].step) == (stage, step)
+
+        run = Run(tmp_path / "b", on_progress=seen.append, stopping=stop)
+        if stage:
+            with pytest.raises(KeyboardInterrupt):
+                SMALL.fit(surveyed, spec, None, run)
+        else:
+            resumed = SMALL.fit(surveyed, spec, None, run)
+        begun = [(now.stage, now.step) for now in seen if now.stage != "generator 2 of 3" or stage != ""]
+        assert begun[0] == first, "what was kept is not done again"
     assert {f"generator {n}" for n in ("1 of 3", "2 of 3", "3 of 3", "for all")} < set(run.losses)
     sheets = [pictures.read(tmp_path / "b" / f"sheet-heads-{fold}.png") for fold in range(3)]
     assert all(sheet.shape[0] == 64 and sheet.shape[1] % 32 == 0 for sheet in sheets)
-    assert not any("1 of 3" in step.stage for step in seen)
     assert all(torch.equal(a, b) for a, b in zip(states(whole.graph), states(resumed.graph), strict=True))
     assert np.array_equal(whole.scores, resumed.scores)
+
+
+def test_two_trainings_of_one_bundle_lock_each_other_out_and_a_refused_one_leaves_nothing(tmp_path: Path) -> None:
+    few = drawn(tmp_path / "few", 3)
+    wanted = order(tmp_path, few)
+    with Run(tmp_path / "bundle.training").alone():
+        with pytest.raises(TrainingError, match="another training works there"):
+            training.train(wanted)
+        assert (tmp_path / "bundle.training").exists(), "it is the other one's"
+    with pytest.raises(TrainingError, match="3 usable pictures"):
+        training.train(wanted)
+    assert not (tmp_path / "bundle.training").exists()
+
+
+def test_minutes_bound_the_pictures_that_are_fitted_to_as_well(tmp_path: Path) -> None:
+    surveyed = data.survey(drawn(tmp_path / "good", 80))
+    spec = SMALL.input_spec(surveyed, None, 0)
+    (tmp_path / "work").mkdir()
+    fitted = SMALL.fit(surveyed, spec, None, Run(tmp_path / "work", minutes=0.001))
+    assert any("fitted to 60 tiles" in note for note in fitted.notes)
+    assert not np.isnan(fitted.scores).any(), "the promise rests on all"
 
 
 def test_the_critic_loss_is_wgan_gps() -> None:
@@ -339,8 +373,8 @@ def test_what_a_network_must_not_know_is_not_cut_into_what_it_learns(tmp_path: P
     for row in range(20):
         image = np.full((32, 32, 3), 200 if row % 2 else 20, np.uint8)
         gatherer.add(row, [(row, image, Tile(0, 0, 32, 32, 0, 0, 32, 32))])
-    assert {int(tile.max()) for tile in gatherer.pools[0]} == {20}
-    assert {int(tile.max()) for tile in gatherer.pools[1]} == {200}
+    assert {int(tile.max()) for _, tile in gatherer.pools[0]} == {20}
+    assert {int(tile.max()) for _, tile in gatherer.pools[1]} == {200}
 
 
 def test_the_tiles_trained_on_are_those_of_the_line(tmp_path: Path) -> None:

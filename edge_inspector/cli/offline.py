@@ -52,7 +52,7 @@ _KEY = Path("keys/signing.key")
 
 
 def _trained(order: Order, run: Callable[..., Trained]) -> Trained:
-    """Train with what the audit found, then a bar for each stage. The first Ctrl-C saves, the second ends at once."""
+    """Train with what the audit found, then the progress of each stage. The first Ctrl-C saves, the second ends at once."""
     asked: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: _asked(asked, before, number, frame))
     err.print(f"work in progress lies in {order.out}.training; Ctrl-C stops, the same command resumes")
@@ -83,7 +83,7 @@ def _asked(asked: list[int], before: Any, number: int, frame: Any) -> None:
     if asked and callable(before):
         before(number, frame)
     asked.append(number)
-    err.print("stopping at the next checkpoint; Ctrl-C again ends at once")
+    err.print("stopping; what is done is kept. Ctrl-C again ends at once")
 
 
 class Family(str, Enum):

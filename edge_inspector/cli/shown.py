@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from edge_inspector import systemd
 from edge_inspector.errors import InspectorError
 from edge_inspector.results import Result, Verdict
 
+_LINES_EVERY_S = 10.0
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.UNDECIDED: "yellow"}
@@ -31,8 +33,49 @@ RectangleOption = Annotated[
 BundleArgument = Annotated[Path, typer.Argument(help="folder of the bundle")]
 
 
+class _Lines(Progress):
+    """Progress where no terminal is: a line every ten seconds, and one at the end of each stage."""
+
+    def __init__(self) -> None:
+        super().__init__(console=err, disable=True)
+        self._told_s: dict[TaskID, float] = {}
+
+    def add_task(self, description: str, *arguments: Any, **options: Any) -> TaskID:
+        """Begin a stage."""
+        task_id = super().add_task(description, *arguments, **options)
+        self._told_s[task_id] = time.monotonic()
+        return task_id
+
+    def update(self, task_id: TaskID, **news: Any) -> None:
+        """Take news of a stage, and tell them where it is time."""
+        super().update(task_id, **news)
+        self._tell(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Take one step of a stage, and tell it where it is time."""
+        super().advance(task_id, advance)
+        self._tell(task_id)
+
+    def _tell(self, task_id: TaskID) -> None:
+        task, now = self._tasks[task_id], time.monotonic()
+        if now < self._told_s[task_id] + (0.0 if task.finished else _LINES_EVERY_S):
+            return
+        self._told_s[task_id] = now if not task.finished else float("inf")
+        left = f", {_span(task.time_remaining)} left" if task.time_remaining and not task.finished else ""
+        figures = f"  {task.fields['figures']}" if task.fields.get("figures") else ""
+        took = f" in {_span(task.elapsed or 0.0)}" if task.finished else ""
+        of = f" of {task.total:.0f}" if task.total is not None else ""
+        err.print(f"{task.description}: {task.completed:.0f}{of}{took}{left}{figures}", markup=False)
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.0f} s"
+
+
 def progress_bar() -> Progress:
-    """Progress of long work, one line a stage, on stderr."""
+    """Progress of long work on stderr: a bar for each stage, or lines where that is no terminal."""
+    if not err.is_terminal:
+        return _Lines()
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"),
         TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=err,

@@ -54,7 +54,7 @@ class Order:
     device: str = "cpu"
     restart: bool = False
     minutes: float | None = None
-    """What the fit may take; it takes as many steps as it can."""
+    """What all of it may take; the fit takes as many pictures and steps as it can."""
     latency_ms: float | None = None
     """What judging a picture may take on this machine; the input is made as small as that needs."""
     command: str = ""
@@ -99,17 +99,19 @@ def _train(
 ) -> Trained:  # fmt: skip
     _refuse(order)
     work = order.out.with_name(order.out.name + ".training")
-    if order.restart:
-        shutil.rmtree(work, ignore_errors=True)
-    _make(work)
     run = Run(work, device=order.device, seed=order.seed, on_progress=on_progress, stopping=stopping,
               minutes=order.minutes)  # fmt: skip
-    folder = order.folder
+    with run.alone(restart=order.restart):
+        return _trained(order, run, on_audit)
+
+
+def _trained(order: Order, run: Run, on_audit: Callable[[data.Pictures], None]) -> Trained:
+    folder, work = order.folder, run.folder
     if order.rectangle is not None:
         r = order.rectangle
         folder = work / f"region-{r.x_px}-{r.y_px}-{r.w_px}-{r.h_px}"
         _everywhere(run, lambda: data.cropped(order.folder, r, folder))
-    surveyed = data.survey(folder, lambda done, count: run.tell("reading", done, count), order.intensity_window)
+    surveyed = data.survey(folder, lambda done, count: run.step("reading", done, count), order.intensity_window)
     if surveyed.depth_bits != 8 and order.intensity_window is None:
         raise TrainingError(
             f"{order.folder}: {surveyed.depth_bits}-bit pictures need --intensity-window LOW HIGH",
@@ -176,13 +178,6 @@ def _everywhere(run: Run, make: Callable[[], Made]) -> Made:
     return cast("Made", made)
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"{folder}: {error.strerror}", hint="give a folder that can be written with --out") from error
-
-
 def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitted, run: Run) -> Trained:
     """Set the scale and the threshold, write everything, check it as the line will, sign, move into place."""
     part = run.folder / "bundle"
@@ -217,7 +212,7 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
     ranked = [surveyed.paths[i] for i in ascending]
     with OnnxEngine(Bundle(part, manifest, "", "")) as engine:
         samples = calibrate.limit_samples(engine, ranked, promise.threshold, part)
-        limit = limits.curve(engine, ranked, run.rng(), lambda done, count: run.tell("detection limit", done, count))
+        limit = limits.curve(engine, ranked, run.rng(), lambda done, count: run.step("detection limit", done, count))
         extremes = report.extremes(engine, ranked, scores[ascending].tolist())
     metrics = {"parity": parity, **fitted.figures, **cost, **limit.figures()}
     manifest = manifest.model_copy(update={"samples": samples, "metrics": metrics})
@@ -230,7 +225,7 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
     with OnnxEngine(Bundle(part, manifest, "", identity)) as engine:
         judge_samples(engine)
     part.rename(order.out)
-    run.forget()
+    run.remove()
     return Trained(order.out, promise, surveyed.remarks, fitted.notes, limit, parity, identity)
 
 

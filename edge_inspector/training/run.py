@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -20,9 +22,11 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
 from edge_inspector import pictures
-from edge_inspector.errors import TrainingError
+from edge_inspector.errors import InspectorError, TrainingError
 
-_SUFFIX = ".pt"
+_SUFFIX, _LOCK = ".pt", "lock"
+KEEP_EVERY_S = 30.0
+"""Within a loop: so much of it is lost at most when the machine goes down."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,39 @@ class Run:
         self.rank, self.world, self.device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
         self.losses: dict[str, dict[int, dict[str, float]]] = {}
         """Of each stage, at each step that was told with figures; what an earlier run did before comes with its checkpoints."""
+        self._kept_s = time.monotonic()
+
+    @contextmanager
+    def alone(self, *, restart: bool = False) -> Iterator[None]:
+        """Make the work folder and hold it; `restart`: forget what an earlier run has left there.
+
+        Raises TrainingError where another training works there, or the folder cannot be made.
+        """
+        hint = "give a folder that can be written with --out"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"{self.folder}: {error.strerror}", hint=hint) from error
+        with (self.folder / _LOCK).open("w") as lock:
+            if self.first:
+                self._hold(lock)
+            if restart:
+                self.forget()
+            self.shared(None, 0)  # the others wait for that
+            try:
+                yield
+            except InspectorError:
+                if not any(self.folder.glob(f"*{_SUFFIX}")):  # refused before anything was fitted
+                    self.remove()
+                raise
+
+    def _hold(self, lock: IO[str]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingError(
+                f"{self.folder}: another training works there", hint="wait for its end, or give another --name or --out"
+            ) from error
 
     @property
     def first(self) -> bool:
@@ -104,14 +141,14 @@ class Run:
         """The same for numpy."""
         return np.random.default_rng((self.seed, *parts))
 
-    def stop_if_asked(self) -> None:
-        """Call where a checkpoint was just written. Raises KeyboardInterrupt where a person wants to stop."""
-        if self.stopping():
-            raise KeyboardInterrupt
-
     def left_s(self) -> float | None:
         """Seconds that are left of the minutes given; None without limit."""
         return None if self.deadline_s is None else max(0.0, self.deadline_s - time.monotonic())
+
+    def stop_if_asked(self) -> None:
+        """Call in every loop, after `keep`. Raises KeyboardInterrupt where a person wants to stop."""
+        if self.stopping():
+            raise KeyboardInterrupt
 
     # --- what people see
 
@@ -126,6 +163,11 @@ class Run:
             self.losses.setdefault(stage, {})[step] = figures
         if self.first:
             self.on_progress(Progress(stage, step, steps, figures))
+
+    def step(self, stage: str, step: int, steps: int) -> None:
+        """Report progress of work that is not kept; may raise KeyboardInterrupt, as `stop_if_asked`."""
+        self.tell(stage, step, steps)
+        self.stop_if_asked()
 
     def sheet(self, name: str, picture: NDArray[np.uint8]) -> None:
         """Write a picture that shows what was learned so far: sheet-NAME.png."""
@@ -161,12 +203,18 @@ class Run:
         try:
             torch.save({"key": key, "losses": self.losses, **state}, part)
             os.replace(part, path)
+            self._kept_s = time.monotonic()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             part.unlink(missing_ok=True)
             raise TrainingError(
                 f"{self.folder}: the checkpoint cannot be written: {error}",
                 hint="free some space and run the same command again: it resumes from the last checkpoint",
             ) from error
+
+    def keep(self, name: str, key: str, state: Callable[[], dict[str, Any]]) -> None:
+        """Write a checkpoint of a loop under way: every half minute, and where a person wants to stop."""
+        if self.stopping() or time.monotonic() - self._kept_s > KEEP_EVERY_S:
+            self.save(name, key, state())
 
     def load(self, name: str, key: str) -> dict[str, Any] | None:
         """The checkpoint, or None; the first process reads, all have it.
@@ -193,8 +241,21 @@ class Run:
             )
         return state
 
+    def drop(self, name: str) -> None:
+        """Remove a checkpoint that another one has made void."""
+        if self.first:
+            (self.folder / f"{name}{_SUFFIX}").unlink(missing_ok=True)
+
     def forget(self) -> None:
-        """Remove checkpoints and sheets: the bundle is made."""
+        """Remove checkpoints and sheets."""
+        for path in self.folder.iterdir() if self.first else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _LOCK:
+                path.unlink()
+
+    def remove(self) -> None:
+        """Remove the work folder: the bundle is made."""
         if self.first:
             shutil.rmtree(self.folder, ignore_errors=True)
 

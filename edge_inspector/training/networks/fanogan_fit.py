@@ -26,7 +26,8 @@ from edge_inspector.training.run import Run, key_of
 
 SIZES = (32, 64, 128)
 _SHEET = 8
-_SAVE_EVERY = 100
+_SHEET_EVERY = 100
+_NAME = "fanogan"
 _TRIAL = 3
 """Steps that tell what a step costs."""
 _HELD_OUT = 3
@@ -189,10 +190,13 @@ class Fitter:
 
     def _kept(self, stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
         self.run.tell(stage, step, steps, figures)
-        if step % _SAVE_EVERY == 0 or step == steps or self.run.stopping():
-            self._save()
+        if step % _SHEET_EVERY == 0 or step == steps:
             self.run.sheet(f"{stage.lower()}-{step:06d}", self.sheet())
-            self.run.stop_if_asked()
+        if step == steps:
+            self.run.save(_NAME, self.key, self._state())
+        else:
+            self.run.keep(_NAME, self.key, self._state)
+        self.run.stop_if_asked()
 
     def _real(self) -> Tensor:
         chosen = torch.randint(len(self.tiles), (self.settings.batch,))
@@ -249,16 +253,15 @@ class Fitter:
     def _networks(self) -> Iterator[tuple[str, Any]]:
         yield from (("g", self.g), ("d", self.d), ("e", self.e))
 
-    def _save(self) -> None:
-        state = {
+    def _state(self) -> dict[str, Any]:
+        return {
             "steps": [self.gan_step, self.encoder_step],
             "networks": {name: network.state_dict() for name, network in self._networks()},
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
         }
-        self.run.save("fanogan", self.key, state)
 
     def _resume(self) -> None:
-        state = self.run.load("fanogan", self.key)
+        state = self.run.load(_NAME, self.key)
         if state is None:
             return
         for name, network in self._networks():

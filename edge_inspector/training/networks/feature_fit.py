@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from edge_inspector import preprocess
@@ -46,9 +46,15 @@ _NOISE = 0.5
 _EXEMPLARS, _WIDEST = 24, 4096
 _ENOUGH = 300
 """Pictures that are judged for the promise however short the time."""
+_STAGES = ("generator", "discriminator")
+_FIGURE = {"generator": "residual", "discriminator": "loss"}
 _SIDES = (512, 448, 384, 320, 256, 192, 128)
-_TRIALS, _MOST_STEPS, _SPENT = (20, 40), 4000, 0.8
+_TRIALS, _MOST_STEPS, _SPENT = (20, 40), 4000, 0.7
 """Steps of the two short fits; the most that are taken; the share of the time that heads may take."""
+
+Network = TypeVar("Network", bound=nn.Module)
+Loss = Callable[[int], Tensor]
+"""The loss of a step, by its number."""
 
 
 def _rows(f: Tensor) -> Tensor:
@@ -79,17 +85,53 @@ def centres(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 class _Fitter:
     """Fits heads to the good tiles outside one fold (to all for fold -1)."""
 
-    def __init__(self, material: Material, settings: FeatureAnogan, run: Run, fold: int) -> None:
-        self.material, self.settings, self.run, self.fold = material, settings, run, fold
+    def __init__(self, material: Material, settings: FeatureAnogan, run: Run, fold: int, key: str | None = None) -> None:
+        """`key`: of checkpoints within the fold; None: there are none."""
+        self.material, self.settings, self.run, self.fold, self.key = material, settings, run, fold, key
         self.chosen = torch.from_numpy(np.flatnonzero(material.fold != fold))
         self.mean, self.spread = self._moments()
 
     def heads(self) -> networks.Heads:
         """Everything, one after the other."""
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=self.run.seeded(self.fold))))
+        self._seed(0)
         drawing = self._generator()
+        self._seed(1)
         fitted = networks.Heads(self.mean, self.spread, self._gaussian(), self._bank(), drawing, self._discriminator(drawing))
         return fitted.eval()
+
+    def _seed(self, *parts: int) -> None:
+        """By fold and place alone: a resumed fit draws what an uninterrupted one does, in whatever process."""
+        torch.manual_seed(int(torch.randint(2**53, (1,), generator=self.run.seeded(self.fold, *parts))))
+
+    def _fitted(self, stage: str, network: Network, optimiser: torch.optim.Optimizer, most: float, loss: Loss) -> Network:
+        """Take every step of one network, from where its checkpoint ends; `most`: the highest learning rate."""
+        steps, name = self.settings.steps, f"{_name(self.fold)}-{stage}"
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, most, total_steps=steps, pct_start=0.1)
+        state: dict[str, Any] | None = self.run.load(name, self.key) if self.key is not None else None
+        if state is not None:
+            network.load_state_dict(state["network"])
+            optimiser.load_state_dict(state["optimiser"])
+            schedule.load_state_dict(state["schedule"])
+
+        def reached() -> dict[str, Any]:
+            return {
+                "step": step + 1, "network": network.state_dict(), "optimiser": optimiser.state_dict(),
+                "schedule": schedule.state_dict(),
+            }  # fmt: skip
+
+        network.train()
+        for step in range(state["step"] if state is not None else 0, steps):
+            self._seed(_STAGES.index(stage), step)
+            found = loss(step)
+            optimiser.zero_grad()
+            found.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+            self._tell(stage, step + 1, steps, {_FIGURE[stage]: found.item()} if step % 20 == 19 else {})
+            if self.key is not None:
+                self.run.keep(name, self.key, reached)
+            self.run.stop_if_asked()
+        return network.eval()
 
     def _scaled(self, raw: Tensor) -> Tensor:
         return (raw - self.mean[:, None, None]) / self.spread[:, None, None]
@@ -149,26 +191,22 @@ class _Fitter:
 
     def _generator(self) -> networks.Generator:
         """Half of what it is given carries a drawn defect, and must come out as the part would be without."""
-        m, steps, device = self.material, self.settings.steps, self.run.device
-        network = networks.Generator().to(device).train()
+        m, device = self.material, self.run.device
+        network = networks.Generator().to(device)
         optimiser = torch.optim.AdamW(network.parameters(), 1.5e-3, betas=(0.5, 0.999))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1.5e-3, total_steps=steps, pct_start=0.1)
-        for step in range(steps):
+
+        def loss(step: int) -> Tensor:
             index = self.chosen[torch.randint(len(self.chosen), (_BATCH,))]
             clean = self._scaled((m.jittered if step % 2 else m.good).coarse[index].float()).to(device)
             drawn = network.coarse(self._scaled(m.spoiled.coarse[index].float()).to(device) if step % 2 else clean)
             away = (1 - functional.cosine_similarity(drawn, clean, dim=1)).mean()
-            loss = away + 0.1 * functional.smooth_l1_loss(drawn, clean)
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
-            self._tell("generator", step + 1, steps, {"residual": loss.item()} if step % 20 == 19 else None)
-        return network.eval()
+            return away + 0.1 * functional.smooth_l1_loss(drawn, clean)
+
+        return self._fitted("generator", network, optimiser, 1.5e-3, loss)
 
     def _discriminator(self, drawing: networks.Generator) -> networks.Discriminator:
         """Good places against noisy ones, and against drawn defects (with less weight where they are already told apart)."""
-        m, steps, device = self.material, self.settings.steps, self.run.device
+        m, device = self.material, self.run.device
         network = networks.Discriminator().to(device)
 
         def seen(f: Tensor) -> Tensor:
@@ -187,27 +225,26 @@ class _Fitter:
                 near.append(rows[inside & (covered == 0) & (torch.rand(len(rows)) < _NEAR)])
         classes = ((good, _ROW_BATCH), (torch.cat(near), _ROW_BATCH // 4), (torch.cat(bad), _ROW_BATCH // 4))
         optimiser = torch.optim.AdamW(network.parameters(), 8e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 8e-4, total_steps=steps, pct_start=0.1)
-        network.train()
-        for step in range(steps):
+
+        def loss(_: int) -> Tensor:
             drawn = [rows[torch.randint(len(rows), (n,))].to(device) for rows, n in classes]
             strength = _NOISE * torch.exp(torch.empty(_ROW_BATCH, 1, device=device).uniform_(-0.7, 0.7))
             drawn.append(drawn[0] + torch.randn_like(drawn[0]) * strength)
             fine, beside, spoilt, noisy = (
                 network.body(torch.cat(drawn)[:, :, None, None]).flatten().split([len(rows) for rows in drawn])
             )
-            loss = _crossed(fine, 0).mean() + _crossed(noisy, 1).mean() + 2 * (_focal(beside, 0) + _focal(spoilt, 1))
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
-            self._tell("discriminator", step + 1, steps, {"loss": loss.item()} if step % 20 == 19 else None)
-        return network.eval()
+            return _crossed(fine, 0).mean() + _crossed(noisy, 1).mean() + 2 * (_focal(beside, 0) + _focal(spoilt, 1))
 
-    def _tell(self, stage: str, step: int, steps: int, figures: dict[str, float] | None) -> None:
-        if figures is not None or step == steps:
-            name = f"{stage} {self.fold + 1} of {self.settings.folds}" if self.fold >= 0 else f"{stage} for all"
-            self.run.tell(name, step, steps, figures)
+        return self._fitted("discriminator", network, optimiser, 8e-4, loss)
+
+    def _tell(self, stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+        name = f"{stage} {self.fold + 1} of {self.settings.folds}" if self.fold >= 0 else f"{stage} for all"
+        self.run.tell(name, step, steps, figures)
+
+
+def _name(fold: int) -> str:
+    """Of a fold's checkpoints."""
+    return f"heads-{fold}" if fold >= 0 else "heads-all"
 
 
 def _crossed(logit: Tensor, target: int) -> Tensor:
@@ -263,8 +300,9 @@ class FeatureAnogan:
     def fit(self, surveyed: Pictures, spec: InputSpec, window: Window | None, run: Run) -> Fitted:
         """Features once; heads for each fold and for all; weights and scores from the folds."""
         material = gathered(
-            surveyed.paths, surveyed.folds(self.folds), spec, window, run, most_places=self.most_places, int8=self.int8
-        )
+            surveyed.paths, surveyed.folds(self.folds), spec, window, run, most_places=self.most_places, int8=self.int8,
+            digest=surveyed.digest,
+        )  # fmt: skip
         about = {"seed": run.seed, "digest": surveyed.digest, "input": spec.model_dump(), "window": window}
         settings = self if run.left_s() is None else self._affordable(material, run, key_of({**asdict(self), **about}))
         every = settings.heads(material, run, key_of({**asdict(settings), **about}))
@@ -335,22 +373,23 @@ class FeatureAnogan:
     def heads(self, material: Material, run: Run, key: str) -> dict[int, networks.Heads]:
         """Heads without each fold, and for all under -1; fitted by the processes in turn, or read from checkpoints."""
         folds = (*range(self.folds), -1)
-        name = {fold: f"heads-{fold}" if fold >= 0 else "heads-all" for fold in folds}
-        loaded = {fold: run.load(name[fold], key) for fold in folds}
+        loaded = {fold: run.load(_name(fold), key) for fold in folds}
         states = {fold: state for fold, state in loaded.items() if state is not None}
         missing = [fold for fold in folds if fold not in states]
         for start in range(0, len(missing), run.world):
             together = missing[start : start + run.world]
             fitted = None
             if run.rank < len(together):
-                heads = _Fitter(material, self, run, together[run.rank]).heads()
+                heads = _Fitter(material, self, run, together[run.rank], key if run.world == 1 else None).heads()
                 fitted = {"heads": heads.cpu().state_dict()}, run.losses
             for owner, fold in enumerate(together):
                 states[fold], losses = run.shared(fitted, owner)
                 run.losses.update(losses)
-                run.save(name[fold], key, states[fold])
+                run.save(_name(fold), key, states[fold])
+                for stage in _STAGES:
+                    run.drop(f"{_name(fold)}-{stage}")
                 if fold >= 0 and run.first and material.drawn:
-                    run.sheet(name[fold], _sheet(_loaded(states[fold]["heads"], material), material, fold))
+                    run.sheet(_name(fold), _sheet(_loaded(states[fold]["heads"], material), material, fold))
             run.stop_if_asked()
         return {fold: _loaded(state["heads"], material) for fold, state in states.items()}
 
@@ -379,8 +418,7 @@ def _judge_others(
             for part in (slice(start, start + _BATCH) for start in range(0, len(tiles.images), _BATCH))
         ]
         scores[number] = max(found)
-        run.tell("judging the others", done, len(order))
-        run.stop_if_asked()
+        run.step("judging the others", done, len(order))
         if done >= _ENOUGH and run.left_s() == 0:
             return
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,7 +23,7 @@ from edge_inspector.training import export, quantise, synthesis
 from edge_inspector.training.data import load_tiles
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks.backbone import CHANNELS, Backbone
-from edge_inspector.training.run import Run
+from edge_inspector.training.run import Run, key_of
 
 WITHHELD = 2
 """Drawn defects of withheld families per picture, to weigh the terms with."""
@@ -31,7 +33,12 @@ SHEET = 8
 """Pictures of each fold that are kept to be shown."""
 MOST_PLACES = 1000 * 48 * 48
 """What is kept in memory, in feature places of good tiles: 1000 of 384 x 384 px, 2.5 GB."""
+CHUNK = 64
+"""Good tiles whose features, and their copies', are kept on the disk together: what an interruption loses at most."""
 _BATCH, _POOL, _RANGES = 8, 32, 32
+_TRIAL, _FEWEST, _SHARE = 8, 60, 0.35
+"""Where time is short: tiles that tell what one costs, the fewest that are taken, the share of the time for all of them."""
+_KEPT = ("early", "late", "coarse", "defective")
 Drawn = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """Picture [H, W, 3] and mask [H, W]."""
 
@@ -64,6 +71,15 @@ class Store:
     def raw(self, chosen: Tensor) -> Tensor:
         """Features [n, DEPTH, h, w] of chosen tiles."""
         return networks.patches(self.early[chosen].float(), self.late[chosen].float())
+
+    def kept(self, rows: slice) -> dict[str, Tensor]:
+        """Everything of these rows, for a checkpoint."""
+        return {name: getattr(self, name)[rows].clone() for name in _KEPT}
+
+    def restore(self, rows: slice, state: dict[str, Tensor]) -> None:
+        """What `kept` gave."""
+        for name in _KEPT:
+            getattr(self, name)[rows] = state[name]
 
     def some(self, chosen: Tensor) -> Store:
         """A store of chosen tiles."""
@@ -148,6 +164,47 @@ def _resized(picture: NDArray[np.uint8], size: tuple[int, int], interpolation: i
     return cv2.resize(picture, size, interpolation=interpolation).astype(np.uint8, copy=False)
 
 
+class _Cutter:
+    """Cuts pictures into the tiles that are taken: every one, or so many as fit into memory, evenly."""
+
+    def __init__(self, paths: Sequence[Path], spec: InputSpec, window: Window | None, most: int) -> None:
+        sizes = [pictures.read(path).shape for path in paths]
+        shared = {size: preprocess.Plan(spec, Roi(), size[0], size[1], window) for size in set(sizes)}
+        self.paths, self.plans = paths, [shared[size] for size in sizes]
+        self.counts = np.array([len(plan.tiles) for plan in self.plans])
+        owner = np.repeat(np.arange(len(paths)), self.counts)
+        within = np.concatenate([np.arange(n) for n in self.counts])
+        taken = np.linspace(0, len(owner) - 1, min(len(owner), max(1, most))).round().astype(int)
+        self.owner, self.within = owner[taken], within[taken]
+        """Of each row: its picture, and which of that one's tiles it is."""
+
+    def chunks(self) -> list[NDArray[np.intp]]:
+        """Numbers of pictures, in runs of about CHUNK tiles."""
+        numbers, counts = np.unique(self.owner, return_counts=True)
+        chunk = (np.cumsum(counts) - counts) // CHUNK
+        return [numbers[chunk == one] for one in np.unique(chunk)]
+
+    def rows(self, numbers: NDArray[np.intp]) -> slice:
+        """Rows of the tiles of pictures in a run."""
+        first, last = np.searchsorted(self.owner, [numbers[0], numbers[-1] + 1])
+        return slice(int(first), int(last))
+
+    def cut(self, number: int) -> tuple[NDArray[np.intp], NDArray[np.uint8], NDArray[np.uint8], list[preprocess.Tile]]:
+        """One picture's rows, with the image, the mask and the place of each. Raises PictureError."""
+        plan = self.plans[number]
+        images, masks = plan.buffers()
+        plan.fill(pictures.read(self.paths[number]), images, masks)
+        rows = np.flatnonzero(self.owner == number)
+        tiles = self.within[rows]
+        return rows, images[tiles], masks[tiles], [plan.tiles[tile] for tile in tiles]
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        """The tile of one row."""
+        rows, images, _, _ = self.cut(int(self.owner[row]))
+        tile: NDArray[np.uint8] = images[int(np.flatnonzero(rows == row)[0])]
+        return tile
+
+
 class Gatherer:
     """Turns pictures into Material, a batch at a time."""
 
@@ -157,9 +214,12 @@ class Gatherer:
         self.h, self.w = spec.height // networks.STRIDE, spec.width // networks.STRIDE
         self.good, self.jittered, self.spoiled = (Store(tiles, self.h, self.w) for _ in range(3))
         self.withheld = Store(WITHHELD * tiles, self.h, self.w)
+        self.judged = torch.empty(tiles, self.h, self.w, dtype=torch.bool)
+        self.shown = torch.empty(tiles, spec.height // 2, spec.width // 2, 3, dtype=torch.uint8)
         self.waiting: dict[Store, list[tuple[int, NDArray[np.uint8]]]] = {}
-        self.pools: dict[int, list[NDArray[np.uint8]]] = {fold: [] for fold in set(folds.tolist())}
-        """Good tiles to cut from, of each fold: pieces of parts that a network must not know would be taught to it as bad."""
+        self.pools: dict[int, list[tuple[int, NDArray[np.uint8]]]] = {fold: [] for fold in sorted(set(folds.tolist()))}
+        """Good tiles to cut from, with their rows, of each fold: pieces of parts that a network must not know would be taught
+        to it as bad."""
         self.drawn: dict[int, NDArray[np.uint8]] = {}
         inside = [np.flatnonzero(folds == fold) for fold in self.pools]
         self.to_show = {int(row) for rows in inside for row in rows[np.linspace(0, len(rows) - 1, SHEET).astype(int)]}
@@ -168,18 +228,27 @@ class Gatherer:
         """A tile at half its size."""
         return _resized(image, (image.shape[1] // 2, image.shape[0] // 2), cv2.INTER_AREA)
 
+    def take(self, number: int, cutter: _Cutter) -> None:
+        """One picture: its tiles and their copies. Raises PictureError."""
+        rows, images, masks, tiles = cutter.cut(number)
+        self.add(number, list(zip(rows.tolist(), images, tiles, strict=True)))
+        self.judged[rows] = networks.judged(torch.from_numpy(masks)).squeeze(1) > 0
+        self.shown[rows] = torch.from_numpy(np.stack([self.half(image) for image in images]))
+
     def add(self, number: int, tiles: list[tuple[int, NDArray[np.uint8], preprocess.Tile]]) -> None:
         """Take tiles of one picture with their rows, and draw their copies."""
         rng = self.run.rng(number)
         for row, image, tile in tiles:
             pool = self.pools[int(self.folds[row])]
             if len(pool) < _POOL:
-                pool.append(image)
+                pool.append((row, image))
             elif rng.random() < 0.2:
-                pool[rng.integers(_POOL)] = image
+                pool[rng.integers(_POOL)] = row, image
 
-            def spoilt(picture: NDArray[np.uint8], family: synthesis.Family, pool: list[NDArray[np.uint8]] = pool) -> Drawn:
-                other = pool[rng.integers(len(pool))]
+            def spoilt(
+                picture: NDArray[np.uint8], family: synthesis.Family, pool: list[tuple[int, NDArray[np.uint8]]] = pool
+            ) -> Drawn:
+                _, other = pool[rng.integers(len(pool))]
                 other = _resized(other, (picture.shape[1], picture.shape[0]), cv2.INTER_AREA)
                 return synthesis.visibly_spoiled(rng, picture, other, family)
 
@@ -214,38 +283,86 @@ class Gatherer:
         for store in list(self.waiting):
             self._flush(store)
 
+    def kept(self, rows: slice) -> dict[str, Any]:
+        """What was made of tiles in these rows, for a checkpoint."""
+        several = slice(WITHHELD * rows.start, WITHHELD * rows.stop)
+        drawn = {row: torch.from_numpy(image) for row, image in self.drawn.items() if several.start <= row < several.stop}
+        return {
+            "stores": [store.kept(rows) for store in (self.good, self.jittered, self.spoiled)],
+            "withheld": self.withheld.kept(several), "drawn": drawn,
+            "judged": self.judged[rows].clone(), "shown": self.shown[rows].clone(),
+            "pools": {fold: [row for row, _ in pool] for fold, pool in self.pools.items()},
+        }  # fmt: skip
+
+    def restore(self, rows: slice, state: dict[str, Any]) -> None:
+        """What `kept` gave, but for the pools."""
+        self.judged[rows], self.shown[rows] = state["judged"], state["shown"]
+        for store, kept in zip((self.good, self.jittered, self.spoiled), state["stores"], strict=True):
+            store.restore(rows, kept)
+        self.withheld.restore(slice(WITHHELD * rows.start, WITHHELD * rows.stop), state["withheld"])
+        self.drawn |= {row: image.numpy() for row, image in state["drawn"].items()}
+
 
 def gathered(
     paths: Sequence[Path], folds: NDArray[np.intp], spec: InputSpec, window: Window | None, run: Run,
-    *, most_places: int = MOST_PLACES, int8: bool = False,
+    *, most_places: int = MOST_PLACES, int8: bool = False, digest: str | None = None,
 ) -> Material:  # fmt: skip
-    """Features of pictures, of their jittered copies, and of copies with drawn defects. Raises PictureError."""
-    sizes = [pictures.read(path).shape for path in paths]
-    shared = {size: preprocess.Plan(spec, Roi(), size[0], size[1], window) for size in set(sizes)}
-    plans = [shared[size] for size in sizes]
-    counts = np.array([len(plan.tiles) for plan in plans])
+    """Features of pictures, of their jittered copies, and of copies with drawn defects.
+
+    `digest`: of the pictures; with it what is made is kept on the disk, and found there. Raises PictureError.
+    """
     h, w = spec.height // networks.STRIDE, spec.width // networks.STRIDE
-    owner, within = np.repeat(np.arange(len(paths)), counts), np.concatenate([np.arange(n) for n in counts])
-    taken = np.linspace(0, len(owner) - 1, min(len(owner), max(1, most_places // (h * w)))).round().astype(int)
-    owner, within = owner[taken], within[taken]
     ranges = load_tiles(paths[:: max(1, len(paths) // _RANGES)], spec, window).images[:_RANGES] if int8 else None
     extractor = Extractor(spec.height, spec.width, run, ranges)
+    about = {"seed": run.seed, "digest": digest, "input": spec.model_dump(), "window": window, "int8": int8}
+    most = most_places // (h * w)
+    if run.left_s() is not None:
+        most = min(most, _affordable(paths, spec, window, extractor, run, key_of(about)))
+    cutter = _Cutter(paths, spec, window, most)
+    owner = cutter.owner
     g = Gatherer(spec, folds[owner], extractor, run)
-    judged = torch.empty(len(owner), h, w, dtype=torch.bool)
-    shown = torch.empty(len(owner), spec.height // 2, spec.width // 2, 3, dtype=torch.uint8)
-    for done, number in enumerate(pictures_taken := np.unique(owner), 1):
-        plan = plans[number]
-        images, masks = plan.buffers()
-        plan.fill(pictures.read(paths[number]), images, masks)
-        rows = np.flatnonzero(owner == number)
-        tiles = within[rows]
-        g.add(int(number), [(int(row), images[tile], plan.tiles[tile]) for row, tile in zip(rows, tiles, strict=True)])
-        judged[rows] = networks.judged(torch.from_numpy(masks[tiles])).squeeze(1) > 0
-        shown[rows] = torch.from_numpy(np.stack([g.half(images[tile]) for tile in tiles]))
-        run.tell("features", done, len(pictures_taken))
-        run.stop_if_asked()
-    g.finish()
-    whole = np.bincount(owner, minlength=len(paths)) == counts
+    _gather(g, cutter, run, key_of(about, folds[owner], owner, cutter.within) if digest is not None else None)
+    whole = np.bincount(owner, minlength=len(paths)) == cutter.counts
     return Material(
-        g.good, g.jittered, g.spoiled, g.withheld, judged, shown, g.drawn, folds[owner], owner, whole, extractor
+        g.good, g.jittered, g.spoiled, g.withheld, g.judged, g.shown, g.drawn, folds[owner], owner, whole, g.extractor
     )  # fmt: skip
+
+
+def _affordable(paths: Sequence[Path], spec: InputSpec, window: Window | None, extractor: Extractor, run: Run, key: str) -> int:
+    """Tiles whose features can be had in their share of the time that is left, at least _FEWEST: a few tell what one costs."""
+    plan = run.load("features-plan", key)
+    if plan is None:
+        cutter = _Cutter(paths[:: max(1, len(paths) // _TRIAL)][:_TRIAL], spec, window, _TRIAL)
+        trial = Gatherer(spec, np.zeros(len(cutter.owner), np.intp), extractor, run)
+        began = time.monotonic()
+        for number in np.unique(cutter.owner):
+            trial.take(int(number), cutter)
+        trial.finish()
+        each_s = (time.monotonic() - began) / len(cutter.owner)
+        plan = {"tiles": run.shared(max(_FEWEST, int(_SHARE * (run.left_s() or 0.0) / each_s)), 0)}
+        run.save("features-plan", key, plan)
+    tiles: int = plan["tiles"]
+    return tiles
+
+
+def _gather(g: Gatherer, cutter: _Cutter, run: Run, key: str | None) -> None:
+    """Take every picture, or what an earlier run has kept of it under this key."""
+    done, everything = 0, len(np.unique(cutter.owner))
+    pools: dict[int, list[int]] | None = None
+    for index, numbers in enumerate(cutter.chunks()):
+        rows, name = cutter.rows(numbers), f"features-{index}"
+        state = run.load(name, key) if key is not None else None
+        if state is not None:
+            g.restore(rows, state)
+            pools, done = state["pools"], done + len(numbers)
+            continue
+        if pools is not None:  # what is cut from must be what it would be without the interruption
+            g.pools = {fold: [(row, cutter.image(row)) for row in pool] for fold, pool in pools.items()}
+            pools = None
+        for number in numbers:
+            g.take(int(number), cutter)
+            done += 1
+            run.step("features", done, everything)
+        g.finish()
+        if key is not None:
+            run.save(name, key, g.kept(rows))
