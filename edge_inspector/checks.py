@@ -22,6 +22,7 @@ from edge_inspector.bundles import Bundle, in_folder, open_bundle
 from edge_inspector.config import Device, LineConfig, load_device, load_line
 from edge_inspector.errors import CameraError, InspectorError
 from edge_inspector.frames import Pixels
+from edge_inspector.installation import install
 from edge_inspector.mqtt import probe, read_password, tls_context
 
 if TYPE_CHECKING:
@@ -195,16 +196,16 @@ def check_machine() -> list[Finding]:
         _package("opencv-python", "cv2", needed=True, hint=_CV2_HINT),
         _package("onnxruntime", "onnxruntime", needed=True, hint="pip install onnxruntime"),
         _package("paho-mqtt", "paho.mqtt.client", needed=True, hint="pip install paho-mqtt"),
-        _package("amqtt", "amqtt", needed=False, hint='for the demo: pip install "edge-inspector[demo]"'),
-        _package("torch", "torch", needed=False, hint='for training: pip install "edge-inspector[train]"'),
+        _package("amqtt", "amqtt", needed=False, hint=f"for the demo: {install('demo')}"),
+        _package("torch", "torch", needed=False, hint=f"for training: {install('train')}"),
         _tensorrt(),
         _gpu(),
         *_jetson(),
         _aravis(),
-        _package("pypylon", "pypylon.pylon", needed=False, hint='for Basler cameras: pip install "edge-inspector[pylon]"'),
-        _package("harvesters", "harvesters.core", needed=False, hint='for GenTL: pip install "edge-inspector[gentl]"'),
+        _package("pypylon", "pypylon.pylon", needed=False, hint=f"for Basler cameras: {install('pylon')}"),
+        _package("harvesters", "harvesters.core", needed=False, hint=f"for GenTL: {install('gentl')}"),
         _gstreamer(),
-        _package("gpiod", "gpiod", needed=False, hint='for wires to the line: pip install "edge-inspector[gpiod]"'),
+        _package("gpiod", "gpiod", needed=False, hint=f"for wires to the line: {install('gpiod')}"),
         _local_broker(),
         Finding(
             "clock",

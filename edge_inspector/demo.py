@@ -18,6 +18,7 @@ from edge_inspector import daemon
 from edge_inspector.config import Device, load_device
 from edge_inspector.errors import InspectorError
 from edge_inspector.evidence import explanation_of
+from edge_inspector.installation import install
 from edge_inspector.results import Result, Verdict
 from edge_inspector.subscriber import Subscriber
 from edge_inspector.wiring import connection_of, topics_of
@@ -71,9 +72,7 @@ class EmbeddedBroker:
             from amqtt.broker import Broker  # noqa: PLC0415 - an extra
             from amqtt.contexts import BrokerConfig, ListenerConfig  # noqa: PLC0415
         except ImportError as error:
-            raise InspectorError(
-                f"the demo's broker is not installed: {error}", hint='pip install "edge-inspector[demo]"'
-            ) from error
+            raise InspectorError(f"the demo's broker is not installed: {error}", hint=install("demo")) from error
         logging.getLogger("amqtt").setLevel(logging.ERROR)
         logging.getLogger("transitions").setLevel(logging.ERROR)
         plugins = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}

@@ -22,13 +22,13 @@ from typing import Any, Protocol
 
 from edge_inspector.config import OutputConfig
 from edge_inspector.errors import OutputError
+from edge_inspector.installation import install
 from edge_inspector.messages import Cause
 from edge_inspector.results import Verdict
 from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
 
-HINT = 'pip install "edge-inspector[gpiod]"'
 ALIVE_S = 2.0
 """For how long the daemon's last sign of life keeps the heartbeat going."""
 _IDLE_S = 1.0
@@ -57,7 +57,7 @@ class GpiodLines:
             import gpiod  # noqa: PLC0415 - an extra
             from gpiod.line import Direction, Value  # noqa: PLC0415
         except ImportError as error:
-            raise OutputError(f"gpiod cannot be loaded: {error}", hint=HINT) from error
+            raise OutputError(f"gpiod cannot be loaded: {error}", hint=install("gpiod")) from error
         self._values = {False: Value.INACTIVE, True: Value.ACTIVE}
         settings: dict[Any, Any] = {
             line: gpiod.LineSettings(direction=Direction.OUTPUT, output_value=Value.INACTIVE, active_low=low)

@@ -177,3 +177,18 @@ def test_without_a_terminal_long_work_tells_how_far_it_is_in_lines() -> None:
         for _ in range(3):
             bar.advance(task)
     assert told.get() == "features: 3 of 3 in 0 s\n"
+
+
+def test_printed_commands_work_as_printed() -> None:
+    """Also where the program is not on the PATH, and was installed from a folder."""
+    from edge_inspector import installation
+
+    told = subprocess.run(
+        [*installation.program().split(), "schema"], capture_output=True, text=True, check=True, timeout=60,
+        env={"PATH": "/nowhere"},
+    )  # fmt: skip
+    assert "result" in told.stdout.split()
+    command = installation.install("train")
+    assert command.startswith(f"{sys.executable} -m pip install ")
+    assert command.endswith("[train]'")
+    assert Path(command.split("install ")[1].strip("'").removesuffix("[train]")).joinpath("pyproject.toml").exists()

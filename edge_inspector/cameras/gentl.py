@@ -19,8 +19,8 @@ from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, mom
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 from edge_inspector.frames import Frame, frozen
+from edge_inspector.installation import install
 
-HINT = 'pip install "edge-inspector[gentl]"'
 PRODUCERS = "GENICAM_GENTL64_PATH"
 BUFFERS = 8
 
@@ -30,7 +30,7 @@ def harvester(cti: str) -> Any:
     try:
         from harvesters.core import Harvester  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise CameraError(f"harvesters cannot be loaded: {error}", hint=HINT) from error
+        raise CameraError(f"harvesters cannot be loaded: {error}", hint=install("gentl")) from error
     logging.getLogger("harvesters").setLevel(logging.CRITICAL)  # what it tells is told by our errors
     folders = [Path(folder) for folder in os.environ.get(PRODUCERS, "").split(":") if folder]
     producers = [Path(cti)] if cti else [path for folder in folders for path in sorted(folder.glob("*.cti"))]

@@ -16,8 +16,8 @@ from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, mom
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 from edge_inspector.frames import Frame, frozen
+from edge_inspector.installation import install
 
-HINT = 'pip install "edge-inspector[pylon]"'
 BUFFERS = 8
 
 
@@ -26,7 +26,7 @@ def library() -> Any:
     try:
         from pypylon import pylon  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise CameraError(f"pypylon cannot be loaded: {error}", hint=HINT) from error
+        raise CameraError(f"pypylon cannot be loaded: {error}", hint=install("pylon")) from error
     return pylon
 
 

