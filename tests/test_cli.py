@@ -158,6 +158,37 @@ def test_watch_follows_results(tmp_path: Path, mosquitto: Mosquitto) -> None:
     assert [r["seq"] for r in results] == list(range(1, 61))
 
 
+STUCK = """
+import sys, time
+from pathlib import Path
+from edge_inspector import cli
+from edge_inspector.bundles import open_bundle
+from edge_inspector.runtime import OnnxEngine
+from edge_inspector.threads import Thread
+
+def judge():
+    with OnnxEngine(open_bundle(Path(sys.argv[2]), Path(sys.argv[3])), batch=16) as engine:
+        judging.append(True)
+        while True:
+            engine()
+
+judging = []
+Thread(target=judge, name="station-stuck", daemon=True).start()
+while not judging:
+    time.sleep(0.05)
+sys.argv[1:] = ["schema", sys.argv[1]]
+cli.main()
+"""
+
+
+def test_a_part_that_is_still_judged_at_the_end_does_not_abort_the_process() -> None:
+    """As when a daemon is stopped on a machine that needs seconds for a part."""
+    for document, code in (("result", 0), ("nothing", 2), ("result", 0)):
+        done = subprocess.run([sys.executable, "-c", STUCK, document, PAPER, TRUST], capture_output=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert (b'"$defs"' in done.stdout) == (code == 0), "what was printed is not lost"
+
+
 def test_the_demo_waits_for_a_slow_line_and_says_what_for(tmp_path: Path) -> None:
     told: list[str] = []
     found: list[str] = []
