@@ -9,16 +9,17 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from edge_inspector import daemon
+from edge_inspector import daemon, messages
 from edge_inspector.config import Device, load_device
 from edge_inspector.errors import InspectorError
 from edge_inspector.evidence import explanation_of
 from edge_inspector.installation import install
+from edge_inspector.messages import Ready
 from edge_inspector.results import Result, Verdict
 from edge_inspector.subscriber import Subscriber
 from edge_inspector.wiring import connection_of, topics_of
@@ -26,6 +27,8 @@ from edge_inspector.wiring import connection_of, topics_of
 RECORDING = "recording"
 BUNDLE = "paper"
 TRUTH = "truth.csv"
+_STOP_S = 30.0
+"""For so long the daemon may finish what it has begun."""
 
 _DEVICE = """\
 schema: ei.device.v1
@@ -41,7 +44,7 @@ version: 1
 stations:
   sheet:
     trigger: free
-    expires_ms: 5000
+    expires_ms: 600000
     product: recycled-paper
     products: {{recycled-paper: paper}}
     cameras:
@@ -131,6 +134,11 @@ class Summary:
         """Results counted."""
         return sum(self.verdicts.values())
 
+    @property
+    def judged(self) -> int:
+        """Parts that passed or failed."""
+        return self.verdicts[Verdict.PASS.value] + self.verdicts[Verdict.FAIL.value]
+
 
 def truth(engines: Path) -> dict[str, str]:
     """Part -> kind ("good" or a defect) of the shipped recording."""
@@ -138,43 +146,97 @@ def truth(engines: Path) -> dict[str, str]:
         return {row["part"]: row["kind"] for row in csv.DictReader(file)}
 
 
-def run(folder: Path, engines: Path, on_result: Callable[[Result, str, Path | None], None]) -> Summary:
+class _Waiting:
+    """Why the next result has not come yet, as far as the line has said."""
+
+    def __init__(self) -> None:
+        self._ready: Ready | None = None
+
+    def hear(self, levels: tuple[str, ...], payload: bytes) -> None:
+        """Take what is no result."""
+        if levels[0] == "ready":
+            self._ready = messages.decode(Ready, payload, "/".join(levels))
+
+    def text(self) -> str:
+        """What is waited for. Raises InspectorError when it cannot come any more."""
+        ready = self._ready
+        if ready is None:
+            return "the daemon starts"
+        if ready.state == "error":
+            raise InspectorError(f"station {ready.station} is not ready: {ready.reason}", hint="edge-inspector doctor")
+        if not ready.ready:
+            return f"station {ready.station} is not ready yet: {ready.reason}"
+        return f"station {ready.station} is ready and judges a part; this machine takes its time"
+
+
+class _Serving:
+    """The daemon in a thread of its own. Use as a context manager; raises what ended the daemon."""
+
+    def __init__(self, device: Device) -> None:
+        self._device, self._stop = device, threading.Event()
+        self._failure: InspectorError | None = None
+        self._thread = threading.Thread(target=self._run, name="daemon")
+
+    def _run(self) -> None:
+        try:
+            daemon.run(self._device, self._stop, threading.Event())
+        except InspectorError as error:
+            self._failure = error
+
+    @property
+    def lives(self) -> bool:
+        """Whether results may still come."""
+        return self._thread.is_alive()
+
+    def __enter__(self) -> _Serving:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join(_STOP_S)
+        if self._failure is not None and error is None:
+            raise self._failure
+
+
+def _results(
+    subscriber: Subscriber, serving: _Serving, waiting: _Waiting, on_wait: Callable[[str], None], told_every_s: float
+) -> Iterator[Result]:
+    """Results as long as the daemon lives; `on_wait` hears what is waited for whenever none came for a while."""
+    while serving.lives:
+        yield from subscriber.results(timeout_s=told_every_s)
+        if serving.lives:
+            on_wait(waiting.text())
+
+
+def run(
+    folder: Path,
+    engines: Path,
+    on_result: Callable[[Result, str, Path | None], None],
+    on_wait: Callable[[str], None] = lambda _: None,
+    told_every_s: float = 5.0,
+) -> Summary:
     """Run the daemon on the recording to its end; `on_result` gets each result as it arrives over MQTT, the true kind,
-    and the picture kept of a failed part. Raises InspectorError.
+    and the picture kept of a failed part; `on_wait` hears why none comes. Raises InspectorError.
     """
     began = time.monotonic()
     kinds = truth(engines)
-    verdicts: Counter[str] = Counter()
-    wrong: Counter[str] = Counter()
-    stop, failures = threading.Event(), []
+    good = sum(kind == "good" for kind in kinds.values())
+    summary = Summary(Counter(), 0, 0, good, len(kinds) - good, 0.0)
+    client, waiting = "demo-subscriber", _Waiting()
     with EmbeddedBroker() as broker:
         device = prepare(folder, engines, broker.port)
         topics = topics_of(device)
-        client = "demo-subscriber"
-
-        def serve() -> None:
-            try:
-                daemon.run(device, stop, threading.Event())
-            except InspectorError as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=serve, name="daemon")
-        with connection_of(device, client, Subscriber.subscriptions(topics, client)) as connection:
-            subscriber = Subscriber(connection, topics, client=client, start="all")
-            thread.start()
-            try:
-                for result in subscriber.results(timeout_s=20.0):
-                    kind = kinds.get(result.part_id or "", "unknown")
-                    on_result(result, kind, explanation_of(folder / "state" / "evidence", result))
-                    verdicts[result.verdict.value] += 1
-                    wrong["false_reject"] += kind == "good" and result.verdict is Verdict.FAIL
-                    wrong["escape"] += kind != "good" and result.verdict is Verdict.PASS
-                    if sum(verdicts.values()) == len(kinds) or failures:
-                        break
-            finally:
-                stop.set()
-                thread.join(10)
-    if failures:
-        raise failures[0]
-    good = sum(kind == "good" for kind in kinds.values())
-    return Summary(verdicts, wrong["false_reject"], wrong["escape"], good, len(kinds) - good, time.monotonic() - began)
+        heard = dict.fromkeys((*Subscriber.subscriptions(topics, client), topics.of("ready", "+")))
+        with connection_of(device, client, tuple(heard)) as connection, _Serving(device) as serving:
+            subscriber = Subscriber(connection, topics, client=client, start="all", on_other=waiting.hear)
+            for result in _results(subscriber, serving, waiting, on_wait, told_every_s):
+                kind = kinds.get(result.part_id or "", "unknown")
+                on_result(result, kind, explanation_of(folder / "state" / "evidence", result))
+                summary.verdicts[result.verdict.value] += 1
+                summary.false_rejects += kind == "good" and result.verdict is Verdict.FAIL
+                summary.escapes += kind != "good" and result.verdict is Verdict.PASS
+                if summary.parts == len(kinds):
+                    break
+    summary.wall_s = time.monotonic() - began
+    return summary

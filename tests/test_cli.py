@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 
-from edge_inspector import pictures
+from edge_inspector import demo, pictures
 from edge_inspector.documents import SCHEMAS
 from edge_inspector.schema import json_schema
 from tests.line import ENGINES, DaemonProcess, Mosquitto, device_folder, free_port, line_yaml, until
@@ -154,6 +156,65 @@ def test_watch_follows_results(tmp_path: Path, mosquitto: Mosquitto) -> None:
         assert "{" not in read.stderr, "words for people, not JSON"
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert [r["seq"] for r in results] == list(range(1, 61))
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from edge_inspector import cli
+from edge_inspector.bundles import open_bundle
+from edge_inspector.runtime import OnnxEngine
+from edge_inspector.threads import Thread
+
+def judge():
+    with OnnxEngine(open_bundle(Path(sys.argv[2]), Path(sys.argv[3])), batch=16) as engine:
+        judging.append(True)
+        while True:
+            engine()
+
+judging = []
+Thread(target=judge, name="station-stuck", daemon=True).start()
+while not judging:
+    time.sleep(0.05)
+sys.argv[1:] = ["schema", sys.argv[1]]
+cli.main()
+"""
+
+
+def test_a_part_that_is_still_judged_at_the_end_does_not_abort_the_process() -> None:
+    """As when a daemon is stopped on a machine that needs seconds for a part."""
+    for document, code in (("result", 0), ("nothing", 2), ("result", 0)):
+        done = subprocess.run([sys.executable, "-c", STUCK, document, PAPER, TRUST], capture_output=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert (b'"$defs"' in done.stdout) == (code == 0), "what was printed is not lost"
+
+
+def test_the_demo_waits_for_a_slow_line_and_says_what_for(tmp_path: Path) -> None:
+    told: list[str] = []
+    found: list[str] = []
+    summary = demo.run(tmp_path, ENGINES, lambda result, *_: found.append(result.result_id), told.append, told_every_s=0.01)
+    assert (summary.parts, summary.judged) == (60, 60), "a pause is no end"
+    assert len(set(found)) == 60
+    assert told[0] == "the daemon starts"
+    assert told[-1].startswith("station sheet is ready"), told[-1]
+
+
+def test_a_demo_that_judges_nothing_ends_with_2_and_says_why(tmp_path: Path) -> None:
+    engines = tmp_path / "engines"
+    for name in ("paper", "trust"):
+        shutil.copytree(ENGINES / name, engines / name)
+    (engines / "recording").mkdir()
+    pictures.write(engines / "recording" / "strip.png", np.full((32, 320, 3), 128, np.uint8))
+    (engines / "recording" / "truth.csv").write_text("part,kind\nstrip,good\n")
+    done = run("demo", str(tmp_path / "out"), "--engines", str(engines))
+    assert done.returncode == 2, done.stdout
+    assert "undecided" in done.stdout
+    assert "error: the demo judged no part" in done.stderr
+    (engines / "paper" / "network.onnx").write_bytes(b"")
+    done = run("demo", str(tmp_path / "out"), "--engines", str(engines))
+    assert done.returncode == 2, done.stdout
+    assert "error: station sheet is not ready: " in done.stderr
+    assert "network.onnx" in done.stderr
 
 
 def test_the_demo_runs_the_whole_line_and_tells_the_truth(tmp_path: Path) -> None:

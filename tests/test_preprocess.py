@@ -204,6 +204,10 @@ def test_a_defect_fails_with_place_area_and_expected_appearance() -> None:
     assert view.anomaly.shape == image.shape[:2]
     picture = pictures.explanation(view.seen, view.anomaly, 1.0, found.findings[0].regions, view.expected, "t")
     assert picture.shape[1] > 3 * 300
+    kept = pictures.decode(pictures.encoded(picture, ".jpg"), "kept").astype(int)
+    scale = picture.shape[1] / 3 / image.shape[1]
+    side = kept[56 + round((worst.y_px + worst.h_px / 2) * scale)][round(worst.x_px * scale) - 2 :][:5]
+    assert (side[:, 2] - side[:, :2].max(axis=1)).max() > 90, "the box is not red any more"
 
 
 def test_the_batch_size_does_not_change_the_score() -> None:

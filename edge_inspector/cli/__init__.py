@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import threading
 
 import typer
 
 from edge_inspector.cli import offline, online, remote, service
 from edge_inspector.cli.shown import complain
 from edge_inspector.errors import EngineLost, InspectorError
+from edge_inspector.threads import Thread
 
 app = typer.Typer(
     name="edge-inspector",
@@ -50,14 +53,28 @@ app.add_typer(service.app)
 
 def main() -> None:
     """Entry point. Exit code 2: trouble, explained on stderr."""
+    code: int | str | None = 2
     try:
         app()
+    except SystemExit as end:
+        code = end.code
     except EngineLost as error:
         complain(error)
-        sys.stdout.flush()
-        os._exit(2)  # everything is closed by now; what CUDA would still tidy up aborts on a GPU that has failed
+        _leave(2)  # everything is closed by now; what CUDA would still tidy up aborts on a GPU that has failed
     except InspectorError as error:
         complain(error)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    if any(isinstance(thread, Thread) for thread in threading.enumerate()):
+        _leave(
+            code if isinstance(code, int) else 0
+        )  # it is still within a driver or ONNX Runtime, whose tidying up would abort
+    sys.exit(code)
+
+
+def _leave(code: int) -> None:
+    """End the process at once, without what libraries do at its end."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -210,7 +210,10 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="where to keep pictures of failed parts")] = Path("demo-out"),
     engines: Annotated[Path | None, typer.Option(help="the folder that holds the demo's bundle and recording")] = None,
 ) -> None:
-    """Run the whole line on a shipped recording: camera, network, outbox and MQTT, in this process."""
+    """Run the whole line on a shipped recording: camera, network, outbox and MQTT, in this process.
+
+    Exit code 2: trouble, or no part was judged.
+    """
     from edge_inspector import demo as line  # noqa: PLC0415
     from edge_inspector.results import Result  # noqa: PLC0415
 
@@ -225,7 +228,7 @@ def demo(
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="run-") as scratch:
-        summary = line.run(Path(scratch), where.resolve(), show)
+        summary = line.run(Path(scratch), where.resolve(), show, lambda what: err.print(f"waiting: {escape(what)}"))
         pictures = folder / "failed"
         pictures.mkdir(exist_ok=True)
         for old in pictures.glob("*.jpg"):
@@ -237,6 +240,8 @@ def demo(
     out.print(f"against the truth: {summary.false_rejects} of {summary.good} good parts rejected, "
               f"{summary.escapes} of {summary.bad} defective parts passed")  # fmt: skip
     out.print(f"{len(saved)} pictures of failed parts (seen, anomaly map, expected): {pictures}")
+    if not summary.judged:
+        raise InspectorError("the demo judged no part", hint="why stands beside each part above; edge-inspector doctor")
     out.print()
     out.print("go on with your own parts:")
     here = program()
