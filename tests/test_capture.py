@@ -34,7 +34,7 @@ def test_a_part_that_lies_still_is_stored_once_and_other_parts_all(tmp_path: Pat
     still = draw_part(np.random.default_rng(0), 480, 640, False)
     kept = [album.take(frame(noisy(still, seed))).path for seed in range(5)]
     assert kept == [tmp_path / "000001.png", None, None, None, None]
-    for path in pictures.listed(ENGINES / "recording")[:30]:
+    for path in pictures.listed(ENGINES / "recording").taken[:30]:
         assert album.take(frame(pictures.read(path))).path is not None
     assert album.kept == 31
     assert np.array_equal(pictures.read(tmp_path / "000001.png"), noisy(still, 0))
