@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -23,7 +24,7 @@ GREY = (np.arange(48 * 64) % 251).astype(np.uint8).reshape(48, 64)
 COLOUR = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
 DEEP = np.random.default_rng(1).integers(0, 65535, (48, 64), np.uint16)
 DEEP_COLOUR = np.random.default_rng(2).integers(0, 65535, (48, 64, 3), np.uint16)
-UPRIGHT = {
+UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
     1: lambda p: p, 2: lambda p: p[:, ::-1], 3: lambda p: p[::-1, ::-1], 4: lambda p: p[::-1], 5: lambda p: p.swapaxes(0, 1),
     6: lambda p: np.rot90(p, -1), 7: lambda p: np.rot90(p, 2).swapaxes(0, 1), 8: np.rot90,
 }  # fmt: skip
