@@ -17,14 +17,17 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from edge_inspector import signatures
 from edge_inspector.errors import BundleDamaged, BundleUnsupported, BundleUntrusted, SchemaError, SignatureError
+from edge_inspector.formats import header
 from edge_inspector.graphs import refuse_foreign
 from edge_inspector.results import Moment, Verdict
+from edge_inspector.roi import Roi
 from edge_inspector.schema import Field, Model, TolerantModel, read_json, validate
 from edge_inspector.signatures import Ed25519PrivateKey, Signature, trusted_keys
 
@@ -77,6 +80,9 @@ class FileEntry(Model):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+Size = tuple[int, int]
+
+
 class TrainedOn(Model):
     """The pictures the bundle was made from."""
 
@@ -87,6 +93,19 @@ class TrainedOn(Model):
     depth_bits: int
     intensity_window: tuple[int, int] | None = None
     aspects: tuple[float, float] | None = Field(None, description="smallest and largest width / height")
+    channels: Literal[1, 3] | None = Field(None, description="1: grey, 3: colour; none: as its samples are")
+    sizes: tuple[Size, Size] | None = Field(None, description="smallest and largest width and height, in px")
+    region: Roi | None = Field(None, description="the region of each picture that was trained on; none: all of it")
+
+    @property
+    def size_range(self) -> tuple[Size, Size]:
+        """Smallest and largest (width, height); of an old bundle what its commonest size and its shapes allow."""
+        if self.sizes is not None:
+            return self.sizes
+        w, h = self.width_px, self.height_px
+        low, high = self.aspects or (w / h, w / h)
+        widths, heights = (w, round(h * low), round(h * high)), (h, round(w / high), round(w / low))
+        return (min(widths), min(heights)), (max(widths), max(heights))
 
 
 class Manifest(TolerantModel):
@@ -125,6 +144,13 @@ class Bundle:
     def network(self) -> Path:
         """The ONNX file."""
         return self.folder / NETWORK
+
+    @cached_property
+    def channels(self) -> int:
+        """Of the pictures it was trained on: 1 for grey, 3 for colour. Old bundles show it by their samples."""
+        if self.manifest.training.channels is not None:
+            return self.manifest.training.channels
+        return header((self.folder / self.manifest.samples[0].file).read_bytes()).channels
 
 
 # --- write and sign

@@ -110,7 +110,7 @@ def _cameras(device: Device, line: LineConfig, bundles: dict[str, Bundle]) -> It
                 info = source.open()
                 image = _looked(source, info, camera.name)
                 words = "; it waits for its line, so no image was tried" if info.waits else ""
-                yield Finding(thing, True, f"{camera.name}: {info}{words}")
+                yield Finding(thing, True, "; ".join([f"{camera.name}: {info}{words}", *info.notes]))
             except InspectorError as error:
                 yield _faulty(thing, error)
                 continue
@@ -154,7 +154,7 @@ def _outputs(device: Device, line: LineConfig) -> Iterator[Finding]:
 
 def _recipe(line: LineConfig, recipe_id: str, camera: str, image: Pixels, bundles: dict[str, Bundle]) -> Iterator[Finding]:
     """Say whether a recipe fits what the camera delivers."""
-    from edge_inspector.preprocess import Plan, refuse_unlike  # noqa: PLC0415
+    from edge_inspector.preprocess import Plan, broken_promise, refuse_camera, refuse_unlike  # noqa: PLC0415
 
     recipe = line.recipes[recipe_id].cameras.get(camera)
     for roi_name, roi in recipe.rois.items() if recipe else ():
@@ -165,9 +165,12 @@ def _recipe(line: LineConfig, recipe_id: str, camera: str, image: Pixels, bundle
         try:
             height, width = image.shape[:2]
             plan = Plan(bundle.manifest.input, roi.shape, height, width, recipe.intensity_window)
+            refuse_camera(bundle, image)
             refuse_unlike(bundle.manifest.training, bundle.manifest.input, plan.box)
             plan.fill(image, *plan.buffers())
-            yield Finding(thing, True, f"fits, {len(plan.tiles)} tile(s) for bundle {roi.bundle}")
+            broken = broken_promise(bundle.manifest, roi.shape, roi.threshold, recipe.intensity_window, plan.box)
+            promise = f"; promise {broken}" if broken else ""
+            yield Finding(thing, True, f"fits, {len(plan.tiles)} tile(s) for bundle {roi.bundle}{promise}")
         except InspectorError as error:
             yield _faulty(thing, error)
 

@@ -50,7 +50,7 @@ class Inspection:
     findings: tuple[Finding, ...] = ()
     times_ms: Times = field(default_factory=Times)
     views: tuple[View, ...] = ()
-    """Of the failing findings; empty when nothing failed."""
+    """Of the failing findings, or of all where that was asked for."""
     lost: EngineLost | None = None
     """The GPU has failed: nothing will be judged by this process any more."""
 
@@ -71,15 +71,35 @@ class _Job:
     """Of its tiles."""
     refused: tuple[Reason, str] | None = None
     """Why it cannot be judged."""
+    broken_promise: str = ""
+    """Why its bundle's rates do not hold for it."""
 
 
 class Inspector:
     """Applies one recipe with open engines. Plans and buffers are kept from part to part."""
 
-    def __init__(self, recipe: Recipe, engines: Mapping[str, Engine]) -> None:
-        """`engines` holds an open engine for each of the recipe's bundles, by bundle name. Used from one thread."""
-        self.recipe, self.engines = recipe, engines
+    def __init__(self, recipe: Recipe, engines: Mapping[str, Engine], *, explain_all: bool = False) -> None:
+        """`engines` holds an open engine for each of the recipe's bundles, by bundle name. Used from one thread.
+
+        `explain_all`: passing findings are explained as well, which takes time.
+        """
+        self.recipe, self.engines, self._explain_all = recipe, engines, explain_all
         self._plans: dict[tuple[str, str], preprocess.Plan] = {}
+        self.broken_promises = {
+            (camera, roi): self._broken(camera, roi, None) for camera, of in recipe.cameras.items() for roi in of.rois
+        }
+        """For each camera and region why its bundle's rates do not hold; its size counts from its first frame on."""
+
+    def _broken(self, camera: str, roi_name: str, plan: preprocess.Plan | None) -> str:
+        of_camera = self.recipe.cameras[camera]
+        roi = of_camera.rois[roi_name]
+        manifest, box = self.engines[roi.bundle].bundle.manifest, plan.box if plan else None
+        return preprocess.broken_promise(manifest, roi.shape, roi.threshold, of_camera.intensity_window, box)
+
+    @property
+    def promise(self) -> str:
+        """Why what the bundles promise does not hold in this recipe, and where; empty where it does."""
+        return "; ".join(f"{camera}/{roi} {why}" for (camera, roi), why in self.broken_promises.items() if why)
 
     def inspect(self, frames: Mapping[str, Sequence[Frame]]) -> Inspection:
         """Judge one part. `frames` holds for each camera of the recipe as many frames as its decision needs.
@@ -103,7 +123,7 @@ class Inspector:
                 _judge([job for job in jobs if job.roi.bundle == name and job.plan is not None], engine, clock)
             except EngineLost as error:
                 lost = error
-        found = [_found(job) for job in jobs]
+        found = [_found(job, explain=self._explain_all) for job in jobs]
         findings = tuple(finding for finding, _ in found)
         missing = [c for c in self.recipe.cameras if len(frames.get(c, ())) < self.recipe.decision.frames]
         verdict, reason = decide(list(findings), self.recipe.decision)
@@ -127,7 +147,9 @@ class Inspector:
                 plan = preprocess.Plan(manifest.input, job.roi.shape, height, width, window)
                 preprocess.refuse_unlike(manifest.training, manifest.input, plan.box)
                 self._plans[job.camera, job.roi_name] = plan
-            job.plan = plan
+                self.broken_promises[job.camera, job.roi_name] = self._broken(job.camera, job.roi_name, plan)
+            preprocess.refuse_camera(job.engine.bundle, job.frame.image)
+            job.plan, job.broken_promise = plan, self.broken_promises[job.camera, job.roi_name]
         except preprocess.FormatError as error:
             job.refused = Reason.WRONG_FORMAT, error.message
 
@@ -196,8 +218,8 @@ def _run_in_pieces(job: _Job, plan: preprocess.Plan, engine: Engine, clock: _Clo
     job.outputs = Outputs.joined(pieces)
 
 
-def _found(job: _Job) -> tuple[Finding, View | None]:
-    """What came out for one region; for a failing one, what explains it."""
+def _found(job: _Job, *, explain: bool) -> tuple[Finding, View | None]:
+    """What came out for one region; for a failing one, what explains it; `explain`: for a passing one, too."""
     manifest = job.engine.bundle.manifest
     threshold = job.roi.threshold or manifest.threshold
 
@@ -207,6 +229,7 @@ def _found(job: _Job) -> tuple[Finding, View | None]:
             threshold=threshold, ratio=None if score is None else round(score / threshold, 4),
             bundle=BundleRef(name=manifest.name, release=manifest.release, sha256=job.engine.bundle.sha256[:12]),
             engine=EngineRef(runtime=job.engine.runtime, precision=job.engine.precision),
+            promise=job.broken_promise or None,
         )  # fmt: skip
 
     plan, outputs = job.plan, job.outputs
@@ -217,15 +240,15 @@ def _found(job: _Job) -> tuple[Finding, View | None]:
     if verdict is Verdict.UNDECIDED:
         job.refused = reason, f"score {score}"
         return finding(verdict, reason), None
-    if verdict is Verdict.PASS:
+    if verdict is Verdict.PASS and not explain:
         return finding(verdict, reason, round(score, 5)), None
     anomaly = plan.stitched(outputs.map)
-    regions = plan.regions(anomaly, threshold, job.mm_per_px)
+    regions = plan.regions(anomaly, threshold, job.mm_per_px) if verdict is Verdict.FAIL else ()
     shown = {"regions": regions[:MAX_REGIONS], "regions_omitted": max(0, len(regions) - MAX_REGIONS)}
-    failed = finding(verdict, reason, round(score, 5)).model_copy(update=shown)
+    judged = finding(verdict, reason, round(score, 5)).model_copy(update=shown)
     x, y, w, h = plan.box
     drawn = plan.stitched(outputs.expected) if outputs.expected is not None else None
-    return failed, View(failed, job.frame.image[y : y + h, x : x + w], anomaly, drawn, (x, y))
+    return judged, View(judged, job.frame.image[y : y + h, x : x + w], anomaly, drawn, (x, y))
 
 
 @dataclass(frozen=True)

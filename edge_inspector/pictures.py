@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
 import cv2
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 
+from edge_inspector import formats
 from edge_inspector.errors import PictureError
+from edge_inspector.folders import LeftOut, Listing, is_picture, listed, listing, part_names, printable
 from edge_inspector.frames import Pixels
 from edge_inspector.results import Region
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-_END_OF_JPEG = b"\xff\xd9"
+__all__ = [
+    "LeftOut",
+    "Listing",
+    "content",
+    "decode",
+    "encoded",
+    "explanation",
+    "is_picture",
+    "listed",
+    "listing",
+    "part_names",
+    "printable",
+    "read",
+    "to_bgr8",
+    "write",
+    "write_encoded",
+]
+
 _PANEL_PX = 384
 _JPEG = [cv2.IMWRITE_JPEG_QUALITY, 92]
 """With half the colour resolution: full resolution takes twice the time for each part that fails."""
@@ -23,38 +41,78 @@ _BOX_PX = 2
 """How wide a box is drawn: at half the colour resolution a narrower red line turns grey."""
 
 
-def listed(folder: Path) -> list[Path]:
-    """The picture files of a folder and its subfolders, in name order. Raises PictureError when there are none."""
-    if not folder.is_dir():
-        raise PictureError(f"{folder}: no such folder", hint="give the folder that holds the pictures")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
-        raise PictureError(f"{folder}: no pictures in it", hint=f"pictures end in {', '.join(SUFFIXES)}")
-    return found
-
-
 def decode(data: bytes, name: str) -> Pixels:
-    """Bytes of a picture file -> uint8 or uint16 [H, W] or [H, W, 3] BGR; alpha is dropped. Raises PictureError."""
-    jpeg = data[:2] == b"\xff\xd8"
-    image = None
-    if data and not (jpeg and _END_OF_JPEG not in data[-64:]):
-        with contextlib.suppress(cv2.error):  # raised, for one, where the header claims a size beyond all bounds
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    """Bytes of a picture file -> uint8 or uint16 [H, W] or [H, W, 3] BGR: the one rule for every source of pictures.
+
+    Turned as EXIF says, as every viewer shows it; alpha is dropped, numbers are as stored, colour profiles are not applied.
+    Raises PictureError for whatever would be read in part, or differently by other programs.
+    """
+    try:
+        header = formats.header(data)
+        image = _jpeg(header) if header.kind == "JPEG" else _other(header)
+    except PictureError as error:
+        raise PictureError(f"{printable(name)}: {error.message}", hint=error.hint) from error
+    if header.inverted:
+        image = np.bitwise_not(image)
+    return _upright(image, header.orientation)
+
+
+def _jpeg(header: formats.Header) -> Pixels:
+    """Strictly: libjpeg fills in what is missing and warns; OpenCV loses the warning, here it is an error."""
+    colours = "GRAY" if header.channels == 1 else "BGR"
+    try:
+        image: Pixels = simplejpeg.decode_jpeg(header.data, colours)
+    except (ValueError, MemoryError) as error:
+        raise PictureError(f"damaged: {error}", hint=formats.COPY_AGAIN) from error
+    return image[:, :, 0] if header.channels == 1 else image
+
+
+def _other(header: formats.Header) -> Pixels:
+    try:
+        image = cv2.imdecode(np.frombuffer(header.data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except (cv2.error, MemoryError) as error:
+        reason = str(getattr(error, "err", error)) or "there is too little memory"
+        raise PictureError(f"OpenCV cannot read this {header.kind}: {reason}", hint=formats.COPY_AGAIN) from error
     if image is None:
-        what = "empty file" if not data else "truncated" if jpeg else "not a picture that OpenCV can read"
-        raise PictureError(f"{name}: {what}", hint="open it in a viewer; copy or export it again")
-    if image.dtype not in (np.uint8, np.uint16):
-        raise PictureError(f"{name}: {image.dtype} pixels, expected 8 or 16 bit", hint="export it as 8 or 16 bit")
-    return image[:, :, :3] if image.ndim == 3 else image
+        raise PictureError(f"damaged: OpenCV cannot read this {header.kind}", hint=formats.COPY_AGAIN)
+    _refuse_unlike(image, header)
+    if image.ndim == 3 and header.channels == 1:  # grey with alpha comes as colour
+        return np.ascontiguousarray(image[:, :, 0])
+    return np.ascontiguousarray(image[:, :, :3]) if image.ndim == 3 and image.shape[2] > 3 else image
+
+
+def _refuse_unlike(image: Pixels, header: formats.Header) -> None:
+    """Raise PictureError where the decoder made something else of the file than its header says."""
+    found = (*image.shape[:2], image.dtype.itemsize * 8, image.dtype.kind)
+    expected = (header.height_px, header.width_px, header.depth_bits, "u")
+    if found != expected or (image.ndim == 2 and header.channels == 3):
+        raise PictureError(
+            f"OpenCV reads this {header.kind} as {image.shape} {image.dtype}, its header says "
+            f"{header.width_px}x{header.height_px}, {header.channels} channel(s), {header.depth_bits} bit",
+            hint="export it as PNG",
+        )
+
+
+def _upright(image: Pixels, orientation: int) -> Pixels:
+    """Turn and mirror as EXIF's orientation says (CIPA DC-008, 4.6.4)."""
+    turned = {3: 2, 4: 2, 5: -1, 6: -1, 7: 1, 8: 1}.get(orientation, 0)
+    image = np.rot90(image, turned)
+    return np.ascontiguousarray(image[:, ::-1] if orientation in (2, 4, 5, 7) else image)
 
 
 def read(path: Path) -> Pixels:
     """A picture file -> pixels, as `decode`. Raises PictureError."""
+    return decode(content(path), str(path))
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a picture file. Raises PictureError for one that cannot be read, or is no plain file."""
     try:
-        data = path.read_bytes()
+        if not path.is_file() and path.exists():  # a pipe would be waited for, a folder is none
+            raise PictureError(f"{printable(path)}: not a plain file", hint="give a picture file")
+        return path.read_bytes()
     except OSError as error:
-        raise PictureError(f"{path}: {error.strerror}", hint="check the path and its permissions") from error
-    return decode(data, str(path))
+        raise PictureError(f"{printable(path)}: {error.strerror}", hint="check the path and its permissions") from error
 
 
 def encoded(image: Pixels, suffix: str = ".png") -> bytes:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_inspector.bundles import InputSpec, TrainedOn
+from edge_inspector.bundles import Bundle, InputSpec, Manifest, TrainedOn
 from edge_inspector.errors import InspectorError
 from edge_inspector.frames import Pixels
 from edge_inspector.results import Region
@@ -19,11 +19,15 @@ from edge_inspector.roi import Roi
 BLANK = 127
 """What the network sees where nothing is judged."""
 _ASPECT_TOLERANCE = 0.05
+_SIZE_TOLERANCE = 0.2
+"""A region may be so much larger or smaller than the pictures of training; from the first pixel on it is told."""
 _WHITE = 255
 _INTERPOLATION = {"area": cv2.INTER_AREA, "linear": cv2.INTER_LINEAR}
 Scalar = TypeVar("Scalar", np.float32, np.uint8)
 Window = tuple[int, int]
 """Intensities that become 0 and 255."""
+Box = tuple[int, int, int, int]
+"""Left, top, width and height."""
 
 
 class FormatError(InspectorError):
@@ -211,18 +215,80 @@ def _lut(window: Window) -> NDArray[np.uint8]:
     return np.clip(np.round(levels), 0, 255).astype(np.uint8)
 
 
-def refuse_unlike(trained: TrainedOn, spec: InputSpec, box: tuple[int, int, int, int]) -> None:
-    """Raise FormatError for a region that the network would see squashed otherwise than in training."""
-    if spec.tile is not None and min(box[2:]) < spec.tile:
+def refuse_unlike(trained: TrainedOn, spec: InputSpec, box: Box) -> None:
+    """Raise FormatError for a region that the network would see squashed or scaled otherwise than in training."""
+    width, height = box[2:]
+    if spec.tile is not None and min(width, height) < spec.tile:
         raise FormatError(
-            f"region of {box[2]}x{box[3]} is narrower than the bundle's tiles of {spec.tile} px",
+            f"region of {width}x{height} is narrower than the bundle's tiles of {spec.tile} px",
             hint=f"make the region at least {spec.tile} px wide and high, or train with a smaller --tile",
         )
-    aspect, expected = box[2] / box[3], trained.width_px / trained.height_px
+    if spec.tile is not None:  # tiles keep their scale, whatever the region's size
+        return
+    aspect, expected = width / height, trained.width_px / trained.height_px
     low, high = trained.aspects or (expected, expected)
     slack = 1 + _ASPECT_TOLERANCE
-    if spec.tile is None and spec.fit == "stretch" and not low / slack <= aspect <= high * slack:
+    squashed = spec.fit == "stretch" and not low / slack <= aspect <= high * slack
+    if squashed or _beyond(trained, box) > _SIZE_TOLERANCE:
         raise FormatError(
-            f"region of {box[2]}x{box[3]}, the bundle was trained on {trained.width_px}x{trained.height_px}",
-            hint="give the region the shape of the training pictures, or train on pictures like these",
+            f"region of {width}x{height}, the bundle was trained on {_sizes(trained)}",
+            hint="give the region the size of the training pictures, or train on it: edge-inspector train PICTURES --recipe "
+            "LINE.YAML:RECIPE/CAMERA/ROI",
         )
+
+
+def refuse_camera(bundle: Bundle, image: Pixels) -> None:
+    """Raise FormatError for a frame of other channels or another depth than the pictures of training had."""
+    found, wanted = _colours(1 if image.ndim == 2 else 3), _colours(bundle.channels)
+    if found != wanted:
+        raise FormatError(
+            f"{found} frame, the bundle was trained on {wanted}", hint="set the camera's pixel_format, or train anew"
+        )
+    bits, trained = image.dtype.itemsize * 8, bundle.manifest.training.depth_bits
+    if bits != trained:
+        raise FormatError(
+            f"{bits}-bit frame, the bundle was trained on {trained} bit", hint="set the camera's pixel_format, or train anew"
+        )
+
+
+def _colours(channels: int) -> str:
+    return "grey" if channels == 1 else "colour"
+
+
+def _sizes(trained: TrainedOn) -> str:
+    (w, h), (widest, highest) = trained.size_range
+    return f"{w}x{h}" if (w, h) == (widest, highest) else f"{w}x{h} to {widest}x{highest}"
+
+
+def _beyond(trained: TrainedOn, box: Box) -> float:
+    """How far a region is outside the sizes of training, as a share of them; 0 within."""
+    shares = [
+        max(1 - found / least, found / most - 1, 0.0) for found, least, most in zip(box[2:], *trained.size_range, strict=True)
+    ]
+    return max(shares)
+
+
+def broken_promise(manifest: Manifest, roi: Roi, threshold: float | None, window: Window | None, box: Box | None) -> str:
+    """Why the rates that were promised with a bundle's threshold do not hold for a region; empty where they do.
+
+    `threshold`: the recipe's own one. `box`: the region in a frame, where a frame's size is known.
+    """
+    trained = manifest.training
+    why = []
+    if threshold is not None and threshold != manifest.threshold:
+        why.append("threshold set by the recipe")
+    if window != trained.intensity_window:
+        why.append("intensity window is not that of training")
+    if box is not None and _beyond(trained, box) > 0:
+        why.append(f"region of {box[2]}x{box[3]}, trained on {_sizes(trained)}")
+    if _outline(roi) != _outline(trained.region):
+        why.append("region of another outline than trained on")
+    return f"not valid: {', '.join(why)}" if why else ""
+
+
+def _outline(roi: Roi | None) -> tuple[tuple[int, int], ...]:
+    """A polygon, wherever it lies; none for a rectangle."""
+    if roi is None or roi.polygon is None:
+        return ()
+    left, top = (min(values) for values in zip(*roi.polygon, strict=True))
+    return tuple((x - left, y - top) for x, y in roi.polygon)

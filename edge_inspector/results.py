@@ -98,6 +98,7 @@ class Finding(TolerantModel):
     ratio: float | None = None
     bundle: BundleRef
     engine: EngineRef
+    promise: str | None = Field(None, description="why the rates promised with its threshold do not hold; none: they do")
     regions: tuple[Region, ...] = ()
     regions_omitted: int = 0
 

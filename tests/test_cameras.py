@@ -303,7 +303,7 @@ def test_a_truncated_picture_of_an_http_camera_is_a_broken_frame_and_never_a_con
     with camera(f"http://127.0.0.1:{mjpeg_port}/truncated", timeout_ms=3000) as source:
         frames = taken(source, 12, 30)
     assert [frame.fault for frame in frames].count("corrupt_image") == 4
-    assert {frame.fault_detail for frame in frames if frame.fault} == {"picture: truncated"}
+    assert {frame.fault_detail for frame in frames if frame.fault} == {"picture: truncated: the JPEG has no end marker"}
 
 
 @pytest.mark.parametrize(("path", "words"), [("dying", "it ended inside a picture"), ("silent", "silent for 500 ms")])

@@ -49,7 +49,7 @@ def test_masks_and_training_pictures_are_no_kind_of_defect(tmp_path: Path) -> No
     for name in ("good", "scratch", "ground_truth", "train"):
         (tmp_path / name).mkdir()
         pictures.write(tmp_path / name / "0.png", np.zeros((8, 8), np.uint8))
-    assert set(labelled(tmp_path)) == {"good", "scratch"}
+    assert set(labelled(tmp_path).kinds) == {"good", "scratch"}
 
 
 def test_a_set_that_brightness_solves_shows_as_one() -> None:

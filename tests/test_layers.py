@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "edge_inspector"
 LINES = [
     {"errors", "threads", "durable", "installation"},
     {"schema"},
-    {"frames", "results", "graphs"},
-    {"roi", "signatures"},
+    {"frames", "results", "graphs", "tiff"},
+    {"formats"},
+    {"roi", "signatures", "folders"},
     {"recipes", "bundles", "messages", "pictures"},
     {"config"},
     {"matching", "outputs", "preprocess", "scoring", "systemd", "documents", "trends"},

@@ -115,7 +115,7 @@ def test_a_network_that_no_blot_moves_cannot_be_compared_and_says_so(tmp_path: P
 
 def test_the_shipped_bundle_judges_real_parts_the_same_at_half_precision() -> None:
     bundle = open_bundle(ENGINES / "paper", ENGINES / "trust")
-    paths = pictures.listed(ENGINES / "recording")
+    paths = pictures.listed(ENGINES / "recording").taken
     half = halved(bundle.network.read_bytes())
     with OnnxEngine(bundle) as full, Other(bundle, half) as halves:
         for path in paths[::4]:

@@ -243,6 +243,6 @@ def test_frames_that_do_not_fit_are_undecided_and_say_why() -> None:
 
 def test_a_whole_region_network_refuses_another_shape() -> None:
     trained = open_bundle(ENGINES / "paper", ENGINES / "trust").manifest.training
-    preprocess.refuse_unlike(trained, spec(), (0, 0, 256, 256))
+    preprocess.refuse_unlike(trained, spec(), (0, 0, 150, 150))
     with pytest.raises(preprocess.FormatError, match="trained on"):
         preprocess.refuse_unlike(trained, spec(), (0, 0, 640, 480))

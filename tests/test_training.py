@@ -100,7 +100,9 @@ def test_a_folder_of_good_parts_becomes_a_signed_bundle_that_keeps_its_word(tmp_
     assert (made.good, made.defects) == (5 if family is TINY else 0, 10)
     assert (tmp_path / "drawn" / "walks.png").exists() == (family is TINY)
     for kind in ("learned", "withheld"):
-        masks = [evaluation.mask_of(tmp_path / "drawn", kind, p) for p in pictures.listed(tmp_path / "drawn" / "test" / kind)]
+        masks = [
+            evaluation.mask_of(tmp_path / "drawn", kind, p) for p in pictures.listed(tmp_path / "drawn" / "test" / kind).taken
+        ]
         assert sum(mask is not None and bool(mask.any()) for mask in masks) == 5
     with pytest.raises(TrainingError, match="exists already"):
         training.train(order(tmp_path, tmp_path / "good"))
@@ -310,13 +312,13 @@ def test_a_score_is_the_same_from_memory_and_one_by_one(tmp_path: Path) -> None:
 
 def test_a_bright_12_bit_camera_gets_blots_within_its_scale_and_pictures_that_evaluate_reads(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "good", 24, size=48)
-    for path in pictures.listed(folder):
+    for path in pictures.listed(folder).taken:
         pictures.write(path, (2600 + pictures.read(path)[:, :, 0].astype(np.uint16) * 5))
     trained = training.train(order(tmp_path, folder, family=SMALL, intensity_window=(0, 4095), alpha=0.2))
     assert not any("lamp" in remark.text for remark in trained.remarks)
     opened = bundles.open_bundle(trained.folder, tmp_path / "trust")
     assert pictures.read(trained.folder / "sample-fail-1.png").max() <= 4095
-    generation.generate(opened, tmp_path / "drawn", 4, seed=1, sources=pictures.listed(folder))
+    generation.generate(opened, tmp_path / "drawn", 4, seed=1, sources=pictures.listed(folder).taken)
     shutil.copytree(folder, tmp_path / "drawn" / "test" / "good")
     with OnnxEngine(opened) as engine:
         found = training.evaluate(engine, tmp_path / "drawn")
@@ -351,7 +353,7 @@ def test_a_region_is_trained_on_evaluated_and_inspected_as_the_recipe_cuts_it(tm
             parts = [draw_part(rng, 48, 48, defect) for defect in (left, right)]
             pictures.write(tmp_path / kind / f"{n:02d}.png", np.hstack(parts))
     region = Rectangle(x_px=48, y_px=0, w_px=48, h_px=48)
-    trained = training.train(order(tmp_path, tmp_path / "train", family=SMALL, rectangle=region))
+    trained = training.train(order(tmp_path, tmp_path / "train", family=SMALL, roi=Roi(rectangle=region)))
     opened = bundles.open_bundle(trained.folder, tmp_path / "trust")
     assert (opened.manifest.training.width_px, opened.manifest.training.height_px) == (48, 48)
     with OnnxEngine(opened) as engine:
@@ -362,7 +364,7 @@ def test_a_region_is_trained_on_evaluated_and_inspected_as_the_recipe_cuts_it(tm
             training.evaluate(engine, tmp_path)
     with pytest.raises(PictureError, match="reaches outside its 96x48 px"):
         outside = Rectangle(x_px=90, y_px=0, w_px=48, h_px=48)
-        training.train(order(tmp_path, tmp_path / "train", family=SMALL, rectangle=outside, out=tmp_path / "other"))
+        training.train(order(tmp_path, tmp_path / "train", family=SMALL, roi=Roi(rectangle=outside), out=tmp_path / "other"))
 
 
 def test_what_a_network_must_not_know_is_not_cut_into_what_it_learns(tmp_path: Path) -> None:

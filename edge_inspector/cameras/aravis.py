@@ -20,7 +20,7 @@ from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
 from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, moment, settle
 from edge_inspector.config import CameraConfig
-from edge_inspector.errors import CameraError
+from edge_inspector.errors import CameraError, PictureError
 from edge_inspector.frames import Frame, frozen
 
 LIBRARY = "libaravis-0.8.so.0"
@@ -90,6 +90,9 @@ class _Library:
         self._glib.g_error_free.argtypes = [_P]
         self.gobject.g_object_unref.argtypes = [_P]
         self.gobject.g_signal_connect_data.argtypes = [_P, _S, _LOST, _P, _P, ctypes.c_int]
+        self._padding = getattr(aravis, "arv_buffer_get_image_padding", None)
+        if self._padding is not None:
+            self._padding.restype, self._padding.argtypes = None, [_P, _P, _P]
         for name, (result, arguments, fails) in _CALLS.items():
             call = getattr(aravis, name)
             call.restype, call.argtypes = result, [*arguments, *([_P] if fails else [])]
@@ -106,6 +109,14 @@ class _Library:
             return result
 
         return checked
+
+    def row_padding(self, buffer: Any) -> int | None:
+        """Bytes behind each row of an image; None where the library is too old to tell."""
+        if self._padding is None:
+            return None
+        right, below = ctypes.c_int(), ctypes.c_int()
+        self._padding(buffer, ctypes.byref(right), ctypes.byref(below))
+        return right.value
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
@@ -285,8 +296,11 @@ class AravisSource:
         data = arv.buffer_get_data(buffer, ctypes.byref(size))
         memory: Any = (ctypes.c_uint8 * size.value).from_address(data)
         width, height = arv.buffer_get_image_width(buffer), arv.buffer_get_image_height(buffer)
-        image = frozen(genicam.pixels(memory, arv.buffer_get_image_pixel_format(buffer), width, height))
-        return Frame(image, seq, captured_s, moment(captured_s), "device" if stamp else "arrival", str(identity), lost)
+        try:
+            image = genicam.pixels(memory, arv.buffer_get_image_pixel_format(buffer), width, height, arv.row_padding(buffer))
+        except PictureError as error:
+            return replace(broken_frame(seq, str(identity), f"{self.config.name}: {error.message}"), lost=lost)
+        return Frame(frozen(image), seq, captured_s, moment(captured_s), "device" if stamp else "arrival", str(identity), lost)
 
     def trigger(self) -> None:
         """Make an image now. Raises CameraError."""

@@ -1,11 +1,12 @@
-"""Recordings as cameras: `dir://FOLDER` (pictures, in name order) and `file://VIDEO`. Options: fps, loop."""
+"""Pictures of a folder as a camera: `dir://FOLDER`, in name order. Options: fps, loop."""
 
 from __future__ import annotations
 
+import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from edge_inspector import pictures
@@ -15,6 +16,7 @@ from edge_inspector.errors import CameraEnded, CameraError, PictureError
 from edge_inspector.frames import Frame, Pixels, frozen, utc_now
 from edge_inspector.results import Reason
 
+log = logging.getLogger(__name__)
 _NOTHING: Pixels = frozen(np.zeros((0, 0), np.uint8))
 
 
@@ -53,7 +55,7 @@ class Pace:
 
 
 class FolderSource:
-    """The pictures of a folder, in name order. An unreadable one is a broken frame, never left out."""
+    """The pictures of a folder, in name order. An unreadable one is a broken frame; what is left out is told."""
 
     def __init__(self, config: CameraConfig, base: Path) -> None:
         self.config, self.base = config, base
@@ -68,13 +70,16 @@ class FolderSource:
         fps = address.number("fps", 0)
         self._pace = Pace(fps)
         try:
-            self._paths = pictures.listed(address.path(self.base))
-            first = next((image for image in map(_readable, self._paths) if image is not None), None)
+            found = pictures.listed(address.path(self.base))
         except PictureError as error:
             raise CameraError(f"{self.config.name}: {error.message}", hint=error.hint) from error
+        for line in found.told:
+            log.warning("%s: %s", self.config.name, line)
+        self._paths, self._names = found.taken, pictures.part_names(found.taken, found.folder)
+        first = next((image for image in map(_readable, self._paths) if image is not None), None)
         if first is None:
             raise CameraError(f"{self.config.name}: none of its pictures can be read")
-        info = info_of(first, fps)
+        info = replace(info_of(first, fps), notes=found.told)
         check_format(self.config, info)
         return info
 
@@ -86,14 +91,14 @@ class FolderSource:
             self._at = 0
         if not self._pace.wait(timeout_s):
             return None
-        path = self._paths[self._at]
+        path, name = self._paths[self._at], self._names[self._at]
         self._at += 1
         self._seq += 1
         try:
             image = frozen(pictures.read(path))
         except PictureError as error:
-            return broken_frame(self._seq - 1, path.stem, error.message)
-        return Frame(image, self._seq - 1, time.monotonic(), utc_now(), source_id=path.stem)
+            return broken_frame(self._seq - 1, name, error.message)
+        return Frame(image, self._seq - 1, time.monotonic(), utc_now(), source_id=name)
 
     def trigger(self) -> None:
         """The next read is the next picture anyway."""
@@ -107,54 +112,3 @@ def _readable(path: Path) -> Pixels | None:
         return pictures.read(path)
     except PictureError:
         return None
-
-
-class VideoSource:
-    """The frames of a video file."""
-
-    def __init__(self, config: CameraConfig, base: Path) -> None:
-        self.config, self.base = config, base
-        self._seq = 0
-        self._capture: cv2.VideoCapture | None = None
-
-    def open(self) -> Info:
-        """Open the file and look at its first frame. Raises CameraError."""
-        address = Address.of(self.config.uri)
-        address.known("fps", "loop")
-        self._path = address.path(self.base)
-        self._loop = address.number("loop", 0) > 0
-        fps = address.number("fps", 0)
-        self._pace = Pace(fps)
-        if not self._path.is_file():
-            raise CameraError(f"{self.config.name}: no such file", hint="file:// plays a video, dir:// a folder of pictures")
-        self._capture = cv2.VideoCapture(str(self._path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-        done, first = self._capture.read()
-        if not done:
-            raise CameraError(f"{self.config.name}: not a video that OpenCV can read")
-        self._capture.set(cv2.CAP_PROP_POS_FRAMES, 0)
-        info = info_of(first, fps)
-        check_format(self.config, info)
-        return info
-
-    def read(self, timeout_s: float) -> Frame | None:
-        """The next frame. Raises CameraEnded after the last, unless loop=1."""
-        if self._capture is None or not self._pace.wait(timeout_s):
-            return None
-        done, image = self._capture.read()
-        if not done and self._loop:
-            self._capture.set(cv2.CAP_PROP_POS_FRAMES, 0)
-            done, image = self._capture.read()
-        if not done:
-            raise CameraEnded(f"{self.config.name}: no more frames")
-        self._seq += 1
-        name = f"{self._path.stem}-{self._seq:06d}"
-        return Frame(frozen(image), self._seq - 1, time.monotonic(), utc_now(), source_id=name)
-
-    def trigger(self) -> None:
-        """The next read is the next frame anyway."""
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._capture is not None:
-            self._capture.release()
-            self._capture = None

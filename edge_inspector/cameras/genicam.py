@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_inspector.cameras.source import Info, check_format
 from edge_inspector.config import CameraConfig
-from edge_inspector.errors import CameraError
+from edge_inspector.errors import CameraError, PictureError
 from edge_inspector.frames import Pixels
 
 _BAYER = {"GR": cv2.COLOR_BayerGB2BGR, "RG": cv2.COLOR_BayerBG2BGR, "GB": cv2.COLOR_BayerGR2BGR, "BG": cv2.COLOR_BayerRG2BGR}
@@ -28,6 +29,8 @@ FORMATS: dict[int, tuple[str, type, int, int | None]] = {
 """PFNC code: name, type, channels in memory, conversion to BGR (None: as it is)."""
 _OLD_NAMES = {"RGB8Packed": "RGB8", "BGR8Packed": "BGR8", "RGBA8Packed": "RGBa8", "BGRA8Packed": "BGRa8"}
 _NO_ID = (0, 2**64 - 1)
+_MAX_PADDING = 64
+"""Bytes: what is more than rows are filled up with is no padding, but data of another kind behind the picture."""
 BLOCK_IDS = 65535
 """Block ids of GigE Vision 1 go from 65535 to 1."""
 STEP = 0.01
@@ -67,12 +70,30 @@ def not_understood(config: CameraConfig, name: str) -> CameraError:
     return CameraError(f"{config.name}: pixel format {name} is not understood", hint=f"set pixel_format to one of {known}")
 
 
-def pixels(memory: Any, code: int, width: int, height: int) -> Pixels:
-    """A copy of a driver's buffer in our own memory, [H, W] or [H, W, 3] BGR."""
+def pixels(memory: Any, code: int, width: int, height: int, padding: int | None) -> Pixels:
+    """A copy of a driver's buffer in our own memory, [H, W] or [H, W, 3] BGR.
+
+    `padding`: bytes behind each row, as the stack tells; None where it does not. Raises PictureError where the buffer holds
+    another number of bytes than such rows have: each row would be shifted against the one before.
+    """
     _, kind, channels, colour = FORMATS[code]
     shape = (height, width) if channels == 1 else (height, width, channels)
-    image: Pixels = np.frombuffer(memory, kind, int(np.prod(shape))).reshape(shape)
+    rows = _rows(np.frombuffer(memory, np.uint8), width * channels * np.dtype(kind).itemsize, height, padding)
+    image: Pixels = np.ascontiguousarray(rows).view(kind).reshape(shape)
     return image.copy() if colour is None else cv2.cvtColor(image, colour)
+
+
+def _rows(data: NDArray[np.uint8], used: int, height: int, padding: int | None) -> NDArray[np.uint8]:
+    """uint8 [height, used]: the bytes of the picture without what lies behind its rows."""
+    step = used + (padding or 0)
+    spare = data.size - used * height
+    if padding and spare == 0:  # the stack has taken it out
+        step = used
+    if data.size < step * (height - 1) + used:
+        raise PictureError(f"{data.size} bytes came, {height} rows of {step} were expected")
+    if padding is None and 0 < spare <= _MAX_PADDING * height and spare % height == 0:
+        raise PictureError(f"{data.size} bytes came: {height} rows of {used} and {spare // height} more that nothing tells of")
+    return np.lib.stride_tricks.as_strided(data, (height, used), (step, 1), writeable=False)
 
 
 def gap(last: int, now: int) -> int:

@@ -17,7 +17,7 @@ from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
 from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, moment, settle
 from edge_inspector.config import CameraConfig
-from edge_inspector.errors import CameraError
+from edge_inspector.errors import CameraError, PictureError
 from edge_inspector.frames import Frame, frozen
 from edge_inspector.installation import install
 
@@ -148,7 +148,11 @@ class GentlSource:
         shown = buffer.payload.components[0]
         stamp = _timestamp_s(buffer)
         captured_s = self._clock.captured_s(stamp, arrived_s) if stamp else arrived_s
-        image = genicam.pixels(shown.data, genicam.code_of(shown.data_format), shown.width, shown.height)
+        code, padding = genicam.code_of(shown.data_format), int(shown.x_padding)
+        try:
+            image = genicam.pixels(shown.data, code, shown.width, shown.height, padding)
+        except PictureError as error:
+            return replace(broken_frame(seq, str(identity), f"{self.config.name}: {error.message}"), lost=lost)
         clock: Literal["device", "arrival"] = "device" if stamp else "arrival"
         return Frame(frozen(image), seq, captured_s, moment(captured_s), clock, str(identity), lost)
 

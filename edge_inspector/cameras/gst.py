@@ -197,7 +197,8 @@ class GstSource:
         if not gst.gst_buffer_map(buffer, ctypes.byref(mapped), _READ):
             raise self._error("a frame cannot be read")
         try:
-            if mapped.size < stride * height.value:
+            more = mapped.size - stride * height.value
+            if more < 0 or (more and more % height.value == 0):  # longer rows than its format has: each would be shifted
                 raise self._error(f"a frame of {mapped.size} bytes, {stride * height.value} expected")
             memory: Any = (ctypes.c_uint8 * (stride * height.value)).from_address(mapped.data)
             rows = np.frombuffer(memory, np.uint8).reshape(height.value, stride)[:, :used]

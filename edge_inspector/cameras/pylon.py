@@ -14,7 +14,7 @@ from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
 from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, moment, settle
 from edge_inspector.config import CameraConfig
-from edge_inspector.errors import CameraError
+from edge_inspector.errors import CameraError, PictureError
 from edge_inspector.frames import Frame, frozen
 from edge_inspector.installation import install
 
@@ -130,7 +130,11 @@ class PylonSource:
         stamp = result.GetTimeStamp() / 1e9  # 0 from an emulated camera
         captured_s = self._clock.captured_s(stamp, arrived_s) if stamp else arrived_s
         with result.GetArrayZeroCopy(raw=True) as memory:
-            image = genicam.pixels(memory, result.GetPixelType(), result.GetWidth(), result.GetHeight())
+            try:
+                size = result.GetWidth(), result.GetHeight(), result.GetPaddingX()
+                image = genicam.pixels(memory, result.GetPixelType(), *size)
+            except PictureError as error:
+                return replace(broken_frame(seq, str(identity), f"{self.config.name}: {error.message}"), lost=lost)
         clock: Literal["device", "arrival"] = "device" if stamp else "arrival"
         return Frame(frozen(image), seq, captured_s, moment(captured_s), clock, str(identity), lost)
 

@@ -34,6 +34,8 @@ class Info:
     simulated: bool = False
     settings: dict[str, str] = field(default_factory=dict)
     """Read back from the camera, by the camera's names."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of it, for one what a folder of pictures leaves out."""
 
     def __str__(self) -> str:
         rate = f" at {self.fps:g}/s" if self.fps else ""

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_inspector.cameras import aravis, gentl, pylon
-from edge_inspector.cameras.folder import FolderSource, VideoSource
+from edge_inspector.cameras.folder import FolderSource
 from edge_inspector.cameras.gst import GstSource
 from edge_inspector.cameras.isolation import IsolatedSource
 from edge_inspector.cameras.mjpeg import MjpegSource
 from edge_inspector.cameras.opencv import OpencvSource
 from edge_inspector.cameras.source import Address, Found, Source
 from edge_inspector.cameras.synthetic import LETHAL, SyntheticSource
+from edge_inspector.cameras.video import VideoSource
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
 

@@ -9,7 +9,7 @@ import threading
 
 import typer
 
-from edge_inspector.cli import offline, online, remote, service
+from edge_inspector.cli import judging, offline, online, remote, service
 from edge_inspector.cli.shown import complain
 from edge_inspector.errors import EngineLost, InspectorError
 from edge_inspector.threads import Thread
@@ -36,9 +36,9 @@ for _verb in (
     app.command()(_verb)
 for _offline_verb in (
     offline.train,
-    offline.evaluate,
+    judging.evaluate,
     offline.generate,
-    offline.inspect,
+    judging.inspect,
     offline.bench,
     offline.keygen,
     offline.sign,

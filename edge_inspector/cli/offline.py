@@ -1,4 +1,4 @@
-"""Verbs for bundles: train, evaluate, generate, inspect, bench, keygen, sign."""
+"""Verbs for bundles: train, generate, bench, keygen, sign."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from rich.markup import escape
 from rich.progress import TaskID
 from rich.table import Table
 
+from edge_inspector.cli.regions import PolygonOption, RecipeOption, RectangleOption
+from edge_inspector.cli.regions import given as region_given
 from edge_inspector.cli.shown import (
     BundleArgument,
     JsonOption,
-    RectangleOption,
     TrustOption,
-    complain,
     err,
-    one_line,
     out,
     phases,
     print_json,
@@ -35,14 +33,10 @@ from edge_inspector.cli.shown import (
 )  # fmt: skip
 from edge_inspector.errors import InspectorError
 from edge_inspector.installation import install
-from edge_inspector.schema import validate
 
 if TYPE_CHECKING:
-    from edge_inspector.bundles import Bundle
     from edge_inspector.frames import Pixels
-    from edge_inspector.inspector import View
     from edge_inspector.preprocess import Plan
-    from edge_inspector.roi import Rectangle
     from edge_inspector.runtime import Engine
     from edge_inspector.training.data import Pictures
     from edge_inspector.training.orders import Order, Trained
@@ -56,7 +50,6 @@ def _trained(order: Order, run: Callable[..., Trained]) -> Trained:
     """Train with what the audit found, then the progress of each stage. The first Ctrl-C saves, the second ends at once."""
     asked: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: _asked(asked, before, number, frame))
-    err.print(f"work in progress lies in {order.out}.training; Ctrl-C stops, the same command resumes")
     try:
         with progress_bar() as bar:
             tasks: dict[str, TaskID] = {}
@@ -68,6 +61,7 @@ def _trained(order: Order, run: Callable[..., Trained]) -> Trained:
                 bar.update(tasks[now.stage], completed=now.step, total=now.steps, figures=figures)
 
             def audited(surveyed: Pictures) -> None:
+                err.print(f"work in progress lies in {order.out}.training; Ctrl-C stops, the same command resumes")
                 err.print(f"{len(surveyed.paths)} pictures of {surveyed.width_px}x{surveyed.height_px}")
                 for remark in surveyed.remarks:
                     err.print(f"  {remark.level}: {remark}", style="yellow" if remark.level == "warning" else "", markup=False)
@@ -108,16 +102,6 @@ def _family(name: Family, given: dict[str, Any]) -> Any:
     return kind(**chosen)
 
 
-def _rectangle(given: tuple[int, int, int, int] | None) -> Rectangle | None:
-    """Raises InspectorError for one that no frame has."""
-    from edge_inspector.roi import Rectangle  # noqa: PLC0415
-
-    if given is None:
-        return None
-    x, y, w, h = given
-    return validate(Rectangle, {"x_px": x, "y_px": y, "w_px": w, "h_px": h}, "--rectangle")
-
-
 def train(
     folder: Annotated[Path, typer.Argument(help="pictures of good parts only")],
     product: Annotated[str, typer.Option(help="what the pictures show; also the bundle's name")],
@@ -130,6 +114,8 @@ def train(
     ),
     size: Annotated[int | None, typer.Option(help="side of the network's input [384; fanogan 64]")] = None,
     rectangle: RectangleOption = None,
+    polygon: PolygonOption = None,
+    recipe: RecipeOption = None,
     tile: Annotated[int | None, typer.Option(min=16, max=4096, help="side in px of squares that pictures are cut into")] = None,
     overlap: Annotated[float, typer.Option(min=0, max=0.5)] = 0.0,
     intensity_window: Annotated[tuple[int, int] | None, typer.Option(help="for 10 to 16 bit: black and white level")] = None,
@@ -151,7 +137,7 @@ def train(
 
     if os.environ.get("RANK", "0") != "0":
         out.quiet = err.quiet = True  # under torchrun the first process speaks
-    signing = signatures.read_private_key(key)
+    signing, wanted = signatures.read_private_key(key), region_given(rectangle, polygon, recipe)
     try:
         from edge_inspector.training.orders import Order  # noqa: PLC0415
         from edge_inspector.training.orders import train as run  # noqa: PLC0415
@@ -167,8 +153,8 @@ def train(
     }
     order = Order(
         folder=folder, out=out_folder / (name or product), product=product, name=name or product, key=signing,
-        release=release, family=_family(family, given), seed=seed, rectangle=_rectangle(rectangle), tile=tile, overlap=overlap,
-        intensity_window=intensity_window, alpha=alpha, device=device, restart=restart, minutes=minutes,
+        release=release, family=_family(family, given), seed=seed, roi=wanted.roi, tile=tile, overlap=overlap,
+        intensity_window=intensity_window or wanted.window, alpha=alpha, device=device, restart=restart, minutes=minutes,
         latency_ms=latency_ms,         command=f"edge-inspector {shlex.join(sys.argv[1:])}",
     )  # fmt: skip
     _told(_trained(order, run), alpha, as_json=as_json)
@@ -190,124 +176,6 @@ def _told(trained: Trained, alpha: float, *, as_json: bool) -> None:
     out.print(f"promise: {trained.promise}", style="" if trained.promise.kept else "yellow")
     out.print(f"bundle {trained.folder}, signed by key {trained.key_id}")
     out.print(f"report: {trained.folder / 'report.html'}")
-
-
-def _batch(bundle: Bundle) -> int:
-    """A whole picture is one tile; of many tiles some go together."""
-    return 1 if bundle.manifest.input.tile is None else 4
-
-
-def evaluate(
-    bundle: BundleArgument,
-    folder: Annotated[Path, typer.Argument(help="labelled pictures: good/ and one subfolder for each kind of defect")],
-    rectangle: RectangleOption = None,
-    trust: TrustOption = _TRUST,
-    as_json: JsonOption = False,
-) -> None:
-    """AUROC, false rejects and escapes of a bundle on labelled pictures, with confidence intervals."""
-    from edge_inspector.bundles import open_bundle  # noqa: PLC0415
-    from edge_inspector.roi import Roi  # noqa: PLC0415
-    from edge_inspector.runtime import OnnxEngine  # noqa: PLC0415
-    from edge_inspector.training.evaluation import evaluate as run  # noqa: PLC0415
-    from edge_inspector.training.evaluation import labelled  # noqa: PLC0415
-
-    total = sum(len(paths) for paths in labelled(folder).values())
-    opened = open_bundle(bundle, trust)
-    with OnnxEngine(opened, batch=_batch(opened)) as engine, progress_bar() as bar:
-        task = bar.add_task("judging", total=total, figures="")
-        found = run(engine, folder, lambda: bar.advance(task), Roi(rectangle=_rectangle(rectangle)))
-    if as_json:
-        print_json(found.to_json())
-        return
-    table = Table(box=None, show_header=False)
-    table.add_row("bundle", found.bundle)
-    image = found.detection
-    if image is None:
-        table.add_row("image AUROC", "needs good and bad parts")
-    else:
-        table.add_row("image AUROC", f"{image.auroc:.4f}")
-        table.add_row("average precision", f"{image.average_precision:.4f}")
-        table.add_row("best F1", f"{image.max_f1:.4f}")
-        for recall, fpr in image.fpr_at_recall.items():
-            table.add_row(f"good parts rejected where {recall} % of defects are found", f"{fpr:.1%}")
-    if found.aupro is not None:
-        table.add_row("pixel AUROC, AUPRO to 30 %", f"{found.pixel_auroc:.4f}, {found.aupro:.4f}")
-    table.add_row(f"at threshold {found.threshold:.4g}", "")
-    table.add_row("  good parts rejected", str(found.false_reject))
-    table.add_row("  defective parts passed", str(found.escape))
-    for kind, rate in found.escape_by_kind.items():
-        auroc = f", AUROC {found.auroc_by_kind[kind]:.4f}" if kind in found.auroc_by_kind else ""
-        table.add_row(f"    {escape(kind)}", f"{rate}{auroc}")
-    for trivial, auroc_ in found.trivial.items():
-        table.add_row(f"AUROC of {trivial} alone", f"{auroc_:.4f}")
-    out.print(table)
-
-
-def inspect(
-    bundle: BundleArgument,
-    files: Annotated[list[Path], typer.Argument(help="picture files, or folders of them")],
-    rectangle: RectangleOption = None,
-    trust: TrustOption = _TRUST,
-    save: Annotated[Path | None, typer.Option(help="write a picture for each failed part into this folder")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Judge picture files. Exit code 0: all pass, 1: some do not, 2: trouble."""
-    from edge_inspector import pictures  # noqa: PLC0415
-    from edge_inspector.bundles import open_bundle  # noqa: PLC0415
-    from edge_inspector.cameras.folder import broken_frame  # noqa: PLC0415
-    from edge_inspector.errors import PictureError  # noqa: PLC0415
-    from edge_inspector.frames import Frame, frozen, utc_now  # noqa: PLC0415
-    from edge_inspector.inspector import Inspector  # noqa: PLC0415
-    from edge_inspector.recipes import CameraRecipe, Recipe, RoiRecipe  # noqa: PLC0415
-    from edge_inspector.results import Result, Verdict  # noqa: PLC0415
-    from edge_inspector.runtime import OnnxEngine  # noqa: PLC0415
-
-    opened = open_bundle(bundle, trust)
-    name, window = opened.manifest.name, opened.manifest.training.intensity_window
-    rois = {"all": RoiRecipe(bundle=name, rectangle=_rectangle(rectangle))}
-    recipe = Recipe(cameras={"file": CameraRecipe(rois=rois, intensity_window=window)})
-    paths = [path for given in files for path in (pictures.listed(given) if given.is_dir() else [given])]
-    results, not_passed, unreadable = [], 0, 0
-    with OnnxEngine(opened, batch=_batch(opened)) as engine:
-        inspector = Inspector(recipe, {name: engine})
-        for number, path in enumerate(paths):
-            now, began = utc_now(), time.perf_counter()
-            try:
-                frame = Frame(frozen(pictures.read(path)), number, time.monotonic(), now, source_id=path.stem)
-            except PictureError as error:
-                complain(error)
-                unreadable += 1
-                frame = broken_frame(number, path.stem, error.message)
-            found = inspector.inspect({"file": [frame]})
-            result = Result(
-                station="file", trigger_id=str(path), part_id=path.name, product=opened.manifest.product,
-                verdict=found.verdict, reason=found.reason, detail=found.detail, simulated=True, triggered_at=now,
-                decided_at=utc_now(), expires_at=now, findings=found.findings,
-                times_ms=found.times_ms.model_copy(update={"total": round((time.perf_counter() - began) * 1e3, 2)}),
-            )  # fmt: skip
-            not_passed += found.verdict is not Verdict.PASS
-            if as_json:
-                results.append(result.model_dump(mode="json", by_alias=True, exclude_none=True))
-            else:
-                out.print(one_line(result))
-            if save is not None and found.views:
-                _save(save, path, found.views[0])
-    if as_json:
-        print_json(results)
-    raise typer.Exit(2 if unreadable else 1 if not_passed else 0)
-
-
-def _save(folder: Path, path: Path, view: View) -> None:
-    """Write the picture that explains a failure."""
-    from edge_inspector import pictures  # noqa: PLC0415
-
-    folder.mkdir(parents=True, exist_ok=True)
-    finding = view.finding
-    title = f"{path.name}  {finding.verdict.value}"
-    picture = pictures.explanation(
-        view.seen, view.anomaly, finding.threshold, finding.regions, view.expected, title, view.offset_px
-    )
-    pictures.write(folder / f"{path.stem}.png", picture)
 
 
 def bench(
@@ -399,7 +267,7 @@ def generate(
     from edge_inspector.training.generation import generate as run  # noqa: PLC0415
 
     opened = open_bundle(bundle, trust)
-    sources = pictures.listed(folder) if folder else []
+    sources = pictures.listed(folder).taken if folder else ()
     with progress_bar() as bar:
         task = bar.add_task("drawing", total=None, figures="")
         made = run(opened, out_folder, count, seed, sources, lambda: bar.advance(task))

@@ -27,9 +27,6 @@ COLOURS = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.UNDECIDED: "yello
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the device.yaml")]
 TrustOption = Annotated[Path, typer.Option(help="folder of public keys whose bundles may run")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
-RectangleOption = Annotated[
-    tuple[int, int, int, int] | None, typer.Option(metavar="X Y W H", help="what the recipe judges of each picture, in px")
-]
 BundleArgument = Annotated[Path, typer.Argument(help="folder of the bundle")]
 
 

@@ -54,13 +54,13 @@ class Remark:
     paths: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
-        shown = ", ".join(path.name for path in self.paths[:_SHOWN])
+        shown = ", ".join(pictures.printable(path.name) for path in self.paths[:_SHOWN])
         more = f" and {len(self.paths) - _SHOWN} more" if len(self.paths) > _SHOWN else ""
         return f"{self.text}: {shown}{more}" if self.paths else self.text
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"level": self.level, "text": self.text, "pictures": [str(path) for path in self.paths]}
+        return {"level": self.level, "text": self.text, "pictures": [pictures.printable(path) for path in self.paths]}
 
 
 def facts(path: Path, image: Pixels, window: tuple[int, int] | None = None) -> Facts:

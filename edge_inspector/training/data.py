@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from edge_inspector import pictures, preprocess
 from edge_inspector.bundles import InputSpec
 from edge_inspector.errors import PictureError, TrainingError
-from edge_inspector.roi import Rectangle, Roi
+from edge_inspector.frames import Pixels
+from edge_inspector.roi import Roi
 from edge_inspector.training import audit
 
 MIN_PICTURES = 20
@@ -39,6 +41,8 @@ class Pictures:
     digest: str
     """sha256 over names and bytes, in name order."""
     remarks: tuple[audit.Remark, ...]
+    sizes: tuple[tuple[int, int], tuple[int, int]]
+    """Smallest and largest width and height."""
 
     def folds(self, count: int) -> NDArray[np.intp]:
         """The fold of each picture, 0 to count - 1, whole runs of names together."""
@@ -50,38 +54,75 @@ class Pictures:
 
 
 def survey(
-    folder: Path, tick: Callable[[int, int], None] = lambda _, __: None, window: preprocess.Window | None = None
+    folder: Path,
+    tick: Callable[[int, int], None] = lambda _, __: None,
+    window: preprocess.Window | None = None,
+    original: Path | None = None,
 ) -> Pictures:
     """Read every picture once: refuse what cannot be used, remark on what looks odd. tick(done, all) after each.
 
     Exact copies are left out: in another fold they would let a network be judged by parts that it knows. `window`: the
-    intensities that are black and white. Raises TrainingError (too few, mixed colours or bit depths) and PictureError (none,
-    no folder).
+    intensities that are black and white. `original`: where the pictures were cut from, whose left-out files are told.
+    Raises TrainingError (too few, mixed colours or bit depths) and PictureError (none, no folder).
     """
-    paths = pictures.listed(folder)
-    digest, unreadable, copies, found = hashlib.sha256(), [], [], []
-    seen: set[bytes] = set()
-    for number, path in enumerate(paths, 1):
+    listing = pictures.listed(folder)
+    read = _read(listing, tick, window)
+    _refuse_few(folder, read)
+    _refuse_mixed(folder, read.found)
+    found = read.found
+    (height, width), _ = Counter((f.height_px, f.width_px) for f in found).most_common(1)[0]
+    aspects, widths, heights = zip(*((f.width_px / f.height_px, f.width_px, f.height_px) for f in found), strict=True)
+    return Pictures(
+        paths=tuple(f.path for f in found), height_px=height, width_px=width, aspects=(min(aspects), max(aspects)),
+        channels=found[0].channels, depth_bits=found[0].depth_bits, digest=read.digest,
+        remarks=_said(read, listing if original is None else pictures.listed(original)),
+        sizes=((min(widths), min(heights)), (max(widths), max(heights))),
+    )  # fmt: skip
+
+
+@dataclass
+class _Read:
+    """What came out of reading every picture once."""
+
+    found: list[audit.Facts] = field(default_factory=list)
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    copies: list[Path] = field(default_factory=list)
+    digest: str = ""
+
+
+def _read(listing: pictures.Listing, tick: Callable[[int, int], None], window: preprocess.Window | None) -> _Read:
+    read, digest, seen = _Read(), hashlib.sha256(), set[bytes]()
+    names = pictures.part_names(listing.taken, listing.folder)
+    for number, (path, name) in enumerate(zip(listing.taken, names, strict=True), 1):
         try:
-            content = path.read_bytes()
+            content = pictures.content(path)
             sha256 = hashlib.sha256(content).digest()
             if sha256 in seen:
-                copies.append(path)
+                read.copies.append(path)
                 continue
-            found.append(audit.facts(path, pictures.decode(content, str(path)), window))
+            read.found.append(audit.facts(path, pictures.decode(content, str(path)), window))
             seen.add(sha256)
-            digest.update(path.name.encode() + b"\0" + sha256)
-        except (PictureError, OSError) as error:
-            unreadable.append((path, error.message if isinstance(error, PictureError) else str(error)))
+            digest.update(name.encode() + b"\0" + sha256)
+        except PictureError as error:
+            read.unreadable.append((path, error.message))
         finally:
-            tick(number, len(paths))
-    if len(found) < MIN_PICTURES:
-        why = f" ({len(unreadable)} unreadable: {unreadable[0][1]})" if unreadable else ""
-        why += f" ({len(copies)} exact copies do not count)" if copies else ""
-        raise TrainingError(
-            f"{folder}: {len(found)} usable pictures{why}, at least {MIN_PICTURES} are needed",
-            hint="take more pictures of good parts; 59 support a promised false-reject rate of 5 %, 299 one of 1 %",
-        )
+            tick(number, len(names))
+    read.digest = digest.hexdigest()
+    return read
+
+
+def _refuse_few(folder: Path, read: _Read) -> None:
+    if len(read.found) >= MIN_PICTURES:
+        return
+    why = f" ({len(read.unreadable)} unreadable: {read.unreadable[0][1]})" if read.unreadable else ""
+    why += f" ({len(read.copies)} exact copies do not count)" if read.copies else ""
+    raise TrainingError(
+        f"{folder}: {len(read.found)} usable pictures{why}, at least {MIN_PICTURES} are needed",
+        hint="take more pictures of good parts; 59 support a promised false-reject rate of 5 %, 299 one of 1 %",
+    )
+
+
+def _refuse_mixed(folder: Path, found: Sequence[audit.Facts]) -> None:
     for name, kinds in (
         ("grey and colour pictures", ["grey" if f.channels == 1 else "colour" for f in found]),
         ("bit depths", [f"{f.depth_bits} bit" for f in found]),
@@ -89,49 +130,66 @@ def survey(
         counted = Counter(kinds).most_common()
         if len(counted) > 1:
             listed, rare = ", ".join(f"{n} {kind}" for kind, n in counted), counted[-1][0]
+            one = pictures.printable(found[kinds.index(rare)].path.name)
             raise TrainingError(
-                f"{folder}: mixed {name}: {listed}; {rare} is, for one, {found[kinds.index(rare)].path.name}",
-                hint="train on pictures of one camera setting",
+                f"{folder}: mixed {name}: {listed}; {rare} is, for one, {one}", hint="train on pictures of one camera setting"
             )
-    said = audit.remarks(found)
-    if copies:
-        text = f"{len(copies)} exact copies of others were left out: they add no information"
-        said = (audit.Remark("warning", text, tuple(copies)), *said)
-    if unreadable:
-        text = "left out, unreadable (" + "; ".join(sorted({why.split(": ", 1)[-1] for _, why in unreadable})) + ")"
-        said = (audit.Remark("warning", text, tuple(path for path, _ in unreadable)), *said)
-    (height, width), _ = Counter((f.height_px, f.width_px) for f in found).most_common(1)[0]
-    aspects = [f.width_px / f.height_px for f in found]
-    return Pictures(
-        tuple(f.path for f in found), height, width, (min(aspects), max(aspects)), found[0].channels, found[0].depth_bits,
-        digest.hexdigest(), said,
-    )  # fmt: skip
 
 
-def cropped(folder: Path, region: Rectangle, out: Path) -> Path:
-    """Write what lies in a region of each picture into `out`, and return it: what follows sees parts as the recipe does.
+def _said(read: _Read, whole: pictures.Listing) -> tuple[audit.Remark, ...]:
+    """What was left out, then what looks odd."""
+    said = [_remark(reason, whole.left_out) for reason in whole.reasons]
+    if read.unreadable:
+        whys = sorted({why.split(": ", 1)[-1] for _, why in read.unreadable})
+        text = f"left out, unreadable ({'; '.join(whys)})"
+        said.append(audit.Remark("warning", text, tuple(path for path, _ in read.unreadable)))
+    if read.copies:
+        text = f"{len(read.copies)} exact copies of others were left out: they add no information"
+        said.append(audit.Remark("warning", text, tuple(read.copies)))
+    return (*said, *audit.remarks(read.found))
 
-    Pictures that are there already are kept; unreadable ones are passed on as they are. Raises PictureError.
+
+def _remark(reason: str, left_out: Sequence[pictures.LeftOut]) -> audit.Remark:
+    """What was left out for one reason."""
+    alike = [one for one in left_out if one.reason == reason]
+    level: Literal["note", "warning"] = "note" if all(one.harmless for one in alike) else "warning"
+    return audit.Remark(level, f"left out, {reason}", tuple(one.path for one in alike))
+
+
+def cropped(folder: Path, roi: Roi, out: Path, window: preprocess.Window | None) -> None:
+    """Write what lies in a region of each picture into `out`, blank beyond a polygon: what follows sees what the recipe does.
+
+    Crops of an interrupted run are kept; unreadable pictures are passed on as they are. Raises PictureError.
     """
-    for path in pictures.listed(folder):
-        target = out / path.relative_to(folder).parent / f"{path.name}.png"
-        if target.exists():
+    wanted = {out / path.relative_to(folder).parent / f"{path.name}.png": path for path in pictures.listed(folder).taken}
+    for stale in set(out.rglob("*.png")) - set(wanted):
+        stale.unlink()
+    for target, path in wanted.items():
+        if target.exists() and target.stat().st_mtime >= path.stat().st_mtime:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             image = pictures.read(path)
         except PictureError:
-            target.write_bytes(path.read_bytes())
+            target.write_bytes(pictures.content(path))
             continue
-        box = Roi(rectangle=region).box(*image.shape[:2])
-        if box is None:
-            size, wanted = f"{image.shape[1]}x{image.shape[0]}", " ".join(map(str, region.model_dump().values()))
-            raise PictureError(
-                f"{path}: the region {wanted} (X Y W H) reaches outside its {size} px", hint="correct --rectangle"
-            )
-        x, y, w, h = box
-        pictures.write(target, image[y : y + h, x : x + w])
-    return out
+        pictures.write(target, _cut(image, roi, path, window))
+
+
+def _cut(image: Pixels, roi: Roi, path: Path, window: preprocess.Window | None) -> Pixels:
+    box = roi.box(*image.shape[:2])
+    if box is None:
+        size, wanted = f"{image.shape[1]}x{image.shape[0]}", roi.model_dump(exclude_none=True, mode="json")
+        raise PictureError(
+            f"{pictures.printable(path)}: the region {wanted} reaches outside its {size} px", hint="correct the region"
+        )
+    x, y, w, h = box
+    crop: Pixels = image[y : y + h, x : x + w].copy()
+    mask = roi.mask(box)
+    if mask is not None:
+        low, high = window or (0, int(np.iinfo(crop.dtype).max))
+        crop[mask == 0] = low + round((high - low) * preprocess.BLANK / 255)
+    return crop
 
 
 @dataclass(frozen=True)

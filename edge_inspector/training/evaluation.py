@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edge_inspector import pictures, preprocess, scoring
-from edge_inspector.errors import InspectorError
+from edge_inspector import formats, pictures, preprocess, scoring
+from edge_inspector.errors import InspectorError, PictureError
 from edge_inspector.frames import Pixels
-from edge_inspector.results import Verdict
+from edge_inspector.results import Region, Verdict
 from edge_inspector.roi import Roi
 from edge_inspector.runtime import Engine
 from edge_inspector.runtime.engine import judged_tiles
@@ -22,6 +23,25 @@ from edge_inspector.runtime.engine import judged_tiles
 _MAP_PX = 256
 """Longest side at which maps are compared with masks: AUROC and AUPRO hardly depend on it, memory does."""
 _PRO_LIMIT = 0.3
+GOOD = "good"
+_GOOD = {GOOD, "ok", "normal", "pass", "passed", "io", "i.o.", "gut", "healthy", "defect-free", "defect_free", "ok_front"}
+"""What people call folders of good parts."""
+_DEFECTIVE = {
+    "bad",
+    "ng",
+    "nok",
+    "nio",
+    "n.i.o.",
+    "fail",
+    "failed",
+    "defect",
+    "defects",
+    "defective",
+    "anomaly",
+    "reject",
+    "rejects",
+}
+"""What people call folders of parts that are not good, where they do not name the kind."""
 _NO_KIND = ("ground_truth", "train")
 """Folders beside those of the kinds, where FOLDER has no test/."""
 
@@ -83,6 +103,12 @@ class Evaluation:
     """AUROC of plain numbers of the picture. Where one is high, the set is easy, or its classes were lit differently."""
     parts: tuple[tuple[Path, str, float], ...]
     """Every picture with its kind and score."""
+    notes: tuple[str, ...] = ()
+    """What is not judged, and other things to know before the figures."""
+    unreadable: tuple[tuple[Path, str], ...] = ()
+    """Pictures that could not be judged, and why."""
+    doubtful: tuple[pictures.LeftOut, ...] = ()
+    """What may be a part that nobody looked at."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -98,30 +124,95 @@ class Evaluation:
                 for kind, rate in self.escape_by_kind.items()
             },
             "trivial_auroc": self.trivial,
+            "notes": list(self.notes),
+            "unreadable": [why for _, why in self.unreadable],
         }
 
 
-def labelled(folder: Path) -> dict[str, list[Path]]:
-    """Pictures by kind: subfolder names of FOLDER/test or FOLDER; `good` are the good parts. Raises InspectorError."""
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled pictures: of each kind, with what the folders hold besides."""
+
+    folder: Path
+    kinds: dict[str, tuple[Path, ...]]
+    """`good` first where there are good parts; every other name is a kind of defect."""
+    left_out: tuple[pictures.LeftOut, ...]
+    notes: tuple[str, ...]
+    """What a person should know before the figures."""
+
+    @property
+    def doubtful(self) -> tuple[pictures.LeftOut, ...]:
+        """What may be a part that nobody looked at."""
+        return tuple(one for one in self.left_out if not one.harmless)
+
+
+def labelled(folder: Path) -> Labelled:
+    """Pictures by kind: subfolders of FOLDER/test or FOLDER. Raises InspectorError where it is not clear which are good.
+
+    The folder of the good parts is `good`, `ok`, `normal` or the like, in any case of letters.
+    """
     root = folder / "test" if (folder / "test").is_dir() else folder
-    found = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name not in _NO_KIND] if root.is_dir() else []
-    kinds = {p.name: pictures.listed(p) for p in found}
-    if not kinds:
+    subfolders, left_out = _subfolders(root)
+    good = [path for path in subfolders if path.name.casefold() in _GOOD]
+    if len(good) > 1:
+        names = " and ".join(pictures.printable(path.name) for path in good)
+        raise InspectorError(f"{folder}: {names} are both folders of good parts", hint="move the good parts into one folder")
+    listings = {GOOD if path in good else pictures.printable(path.name): pictures.listed(path) for path in (*good, *subfolders)}
+    if not listings:
         raise InspectorError(
             f"{folder}: no labelled pictures", hint="expected subfolders: good/ and one for each kind of defect"
         )
-    return kinds
+    _refuse_unclear(folder, set(listings))
+    left_out += [one for listing in listings.values() for one in listing.left_out]
+    notes = [line for listing in listings.values() for line in listing.told]
+    if not good:
+        notes.append(f"no good parts are there (no folder {GOOD}/): only defective ones are judged")
+    return Labelled(folder, {kind: listing.taken for kind, listing in listings.items()}, tuple(left_out), tuple(notes))
+
+
+def _subfolders(root: Path) -> tuple[list[Path], list[pictures.LeftOut]]:
+    """The folders of kinds, and what lies beside them: pictures there have no label."""
+    if not root.is_dir():
+        return [], []
+    found = pictures.listing(root)
+    beside = [path for path in found.taken if path.parent == root]
+    left_out = [pictures.LeftOut(path, "beside the folders of kinds: it has no label", harmless=False) for path in beside]
+    left_out += [one for one in found.left_out if one.path.parent == root]
+    hidden = {one.path for one in found.left_out}
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and path not in hidden]
+    return [path for path in folders if path.name not in _NO_KIND], left_out
+
+
+def _refuse_unclear(folder: Path, kinds: set[str]) -> None:
+    """Raise InspectorError where no folder is known to hold good parts and one of them might: no defect is called so."""
+    doubtful = sorted(kind for kind in kinds if kind.casefold() in _DEFECTIVE)
+    others = sorted(kinds - set(doubtful))
+    if GOOD not in kinds and doubtful and others:
+        raise InspectorError(
+            f"{folder}: no folder of good parts; found {', '.join([*others, *doubtful])}",
+            hint=f"name the folder of the good parts {GOOD}, and leave the others as kinds of defects",
+        )
 
 
 def mask_of(folder: Path, kind: str, path: Path) -> NDArray[np.uint8] | None:
-    """The mask [H, W] of a defective picture in FOLDER/ground_truth/KIND: NAME_mask.* or NAME.*, non-zero = defect."""
-    for name in (f"{path.stem}_mask", path.stem):
-        for suffix in pictures.SUFFIXES:
-            candidate = folder / "ground_truth" / kind / f"{name}{suffix}"
-            if candidate.is_file():
-                mask = pictures.read(candidate)
-                return (mask.max(2) if mask.ndim == 3 else mask).astype(bool).astype(np.uint8)
-    return None
+    """The mask [H, W] of a defective picture in FOLDER/ground_truth/KIND: NAME_mask.* or NAME.*; 1 where its defect is.
+
+    Raises PictureError for one that cannot be read.
+    """
+    truth = folder / "ground_truth" / kind
+    names = [f"{path.stem}_mask", path.stem]
+    found = [other for name in names for other in sorted(truth.glob(f"{escape(name)}.*")) if pictures.is_picture(other)]
+    return _mask(found[0]) if found else None
+
+
+def _mask(path: Path) -> NDArray[np.uint8]:
+    """From half of white on a pixel is defect, so that noise of JPEG and soft edges are not; numbers of classes count all."""
+    data = pictures.content(path)
+    image = pictures.decode(data, str(path))
+    levels = image.max(2) if image.ndim == 3 else image
+    half = (int(np.iinfo(levels.dtype).max) + 1) // 2
+    soft = formats.is_lossy(data) or int(levels.max(initial=0)) >= half
+    return (levels >= (half if soft else 1)).astype(np.uint8)
 
 
 def detection(good: ArrayLike, bad: ArrayLike) -> Detection:
@@ -182,7 +273,7 @@ class Trivial:
 
     def auroc(self) -> dict[str, float]:
         """AUROC of each number's distance from the good parts' mean; the good parts are those of the test themselves."""
-        good = np.array([kind == "good" for kind in self.kinds])
+        good = np.array([kind == GOOD for kind in self.kinds])
         if not good.any() or good.all():
             return {}
         numbers, thumbnails = np.array(self.numbers), np.stack(self.thumbnails)
@@ -192,30 +283,96 @@ class Trivial:
         return {name: scoring.auroc(c[good], c[~good]) for name, c in zip(self.NAMES, columns, strict=True)}
 
 
-def evaluate(engine: Engine, folder: Path, tick: Callable[[], None] = lambda: None, roi: Roi | None = None) -> Evaluation:
+@dataclass(frozen=True)
+class Wrong:
+    """A part that was judged wrongly, with what a person needs to see why. Pixels are those of the region."""
+
+    path: Path
+    name: str
+    """KIND/NAME: what the part is called."""
+    kind: str
+    score: float
+    threshold: float
+    seen: Pixels
+    anomaly: NDArray[np.float32]
+    regions: tuple[Region, ...]
+    offset_px: tuple[int, int]
+
+
+def evaluate(
+    engine: Engine,
+    folder: Path,
+    tick: Callable[[], None] = lambda: None,
+    roi: Roi | None = None,
+    wrong: Callable[[Wrong], None] = lambda _: None,
+) -> Evaluation:
     """Judge every labelled picture, or a region of each, with an open engine. Raises InspectorError, PictureError.
 
-    Masks are looked for in FOLDER/ground_truth; a defective picture without one is left out of the pixel figures.
+    Masks are looked for in FOLDER/ground_truth; a defective picture without one is left out of the pixel figures. A picture
+    that cannot be read is told in `unreadable`. `wrong` is told each part that is judged wrongly.
     """
-    manifest = engine.bundle.manifest
-    parts, maps, masks, trivial = [], [], [], Trivial()
-    for kind, paths in labelled(folder).items():
-        for path in paths:
-            image = pictures.read(path)
-            height, width = image.shape[:2]
-            plan = preprocess.Plan(manifest.input, roi or Roi(), height, width, manifest.training.intensity_window)
-            preprocess.refuse_unlike(manifest.training, manifest.input, plan.box)
-            x, y, w, h = plan.box
-            scores, tiles = judged_tiles(engine, plan, image)
-            parts.append((path, kind, float(scores.max())))
-            trivial.add(kind, image[y : y + h, x : x + w])
-            mask = np.zeros((height, width), np.uint8) if kind == "good" else mask_of(folder, kind, path)
-            if mask is not None and mask.shape == (height, width):
-                maps.append(_small(plan.stitched(tiles), cv2.INTER_LINEAR).astype(np.float32))
-                inside = mask[y : y + h, x : x + w].astype(np.float32)
-                masks.append((_small(inside, cv2.INTER_AREA) > 0).astype(np.uint8))
+    manifest, given = engine.bundle.manifest, labelled(folder)
+    judged = _Judged(engine, given, roi or Roi(), wrong)
+    for kind, paths in given.kinds.items():
+        for path, name in zip(paths, pictures.part_names(paths, folder), strict=True):
+            judged.take(kind, path, name)
             tick()
-    return _figures(manifest.name, manifest.release, manifest.threshold, parts, (maps, masks), trivial.auroc())
+    figures = _figures(
+        manifest.name, manifest.release, manifest.threshold, judged.parts, (judged.maps, judged.masks), judged.trivial.auroc()
+    )
+    return replace(figures, notes=given.notes, unreadable=tuple(judged.unreadable), doubtful=given.doubtful)
+
+
+class _Judged:
+    """What comes out for labelled pictures, one after the other."""
+
+    def __init__(self, engine: Engine, given: Labelled, roi: Roi, wrong: Callable[[Wrong], None]) -> None:
+        self._engine, self._given, self._roi, self._wrong = engine, given, roi, wrong
+        self.parts: list[tuple[Path, str, float]] = []
+        self.unreadable: list[tuple[Path, str]] = []
+        self.maps: list[NDArray[np.float32]] = []
+        self.masks: list[NDArray[np.uint8]] = []
+        self.trivial = Trivial()
+
+    def take(self, kind: str, path: Path, name: str) -> None:
+        """Judge one picture. Raises FormatError for one that the bundle is not for."""
+        try:
+            image = pictures.read(path)
+        except PictureError as error:
+            self.unreadable.append((path, error.message))
+            return
+        bundle = self._engine.bundle
+        manifest = bundle.manifest
+        height, width = image.shape[:2]
+        plan = preprocess.Plan(manifest.input, self._roi, height, width, manifest.training.intensity_window)
+        preprocess.refuse_camera(bundle, image)
+        preprocess.refuse_unlike(manifest.training, manifest.input, plan.box)
+        x, y, w, h = plan.box
+        scores, tiles = judged_tiles(self._engine, plan, image)
+        score, anomaly = float(scores.max()), plan.stitched(tiles).astype(np.float32)
+        self.parts.append((path, kind, score))
+        self.trivial.add(kind, image[y : y + h, x : x + w])
+        self._compared(kind, path, plan, anomaly)
+        failed = scoring.judge(score, manifest.threshold)[0] is Verdict.FAIL
+        if failed == (kind == GOOD):
+            regions = plan.regions(anomaly, manifest.threshold, None) if failed else ()
+            seen = image[y : y + h, x : x + w]
+            self._wrong(Wrong(path, name, kind, score, manifest.threshold, seen, anomaly, regions, (x, y)))
+
+    def _compared(self, kind: str, path: Path, plan: preprocess.Plan, anomaly: NDArray[np.float32]) -> None:
+        """Keep map and mask of a picture that has a mask, or needs none."""
+        mask = np.zeros(plan.size, np.uint8) if kind == GOOD else mask_of(self._given.folder, kind, path)
+        if mask is None:
+            return
+        if mask.shape != plan.size:
+            found, expected = f"{mask.shape[1]}x{mask.shape[0]}", f"{plan.size[1]}x{plan.size[0]}"
+            raise PictureError(
+                f"{path}: its mask is {found} px, expected {expected}", hint="save the mask in the picture's size"
+            )
+        x, y, w, h = plan.box
+        self.maps.append(_small(anomaly, cv2.INTER_LINEAR).astype(np.float32))
+        inside = mask[y : y + h, x : x + w].astype(np.float32)
+        self.masks.append((_small(inside, cv2.INTER_AREA) > 0).astype(np.uint8))
 
 
 def _figures(
@@ -225,7 +382,7 @@ def _figures(
     kinds: dict[str, list[float]] = {}
     for _, kind, score in parts:
         kinds.setdefault(kind, []).append(score)
-    good = kinds.pop("good", [])
+    good = kinds.pop(GOOD, [])
     bad = [score for scores in kinds.values() for score in scores]
     maps, masks = pixels
     masked = any(mask.any() for mask in masks)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +21,7 @@ from edge_inspector.errors import InspectorError, TrainingError
 from edge_inspector.frames import utc_now
 from edge_inspector.preprocess import Window
 from edge_inspector.results import Verdict
-from edge_inspector.roi import Rectangle
+from edge_inspector.roi import Roi
 from edge_inspector.runtime import OnnxEngine, judge_samples
 from edge_inspector.signatures import Ed25519PrivateKey
 from edge_inspector.training import audit, calibrate, data, export, limits, report
@@ -28,6 +30,7 @@ from edge_inspector.training.networks.feature_fit import FeatureAnogan
 from edge_inspector.training.run import Progress, Run, key_of
 
 _PARITY_PICTURES, _WHITEST = 16, 65535
+_STEP_PX = 32
 Made = TypeVar("Made")
 
 
@@ -44,8 +47,8 @@ class Order:
     release: int = 1
     family: Family = field(default_factory=FeatureAnogan)
     seed: int = 1
-    rectangle: Rectangle | None = None
-    """What the recipe will judge of each picture; None for all of it."""
+    roi: Roi = field(default_factory=Roi)
+    """What the recipe will judge of each picture."""
     tile: int | None = None
     overlap: float = 0.0
     intensity_window: Window | None = None
@@ -85,7 +88,8 @@ def train(
     checkpoint and raises KeyboardInterrupt. Raises TrainingError, PictureError, BundleError.
     """
     try:
-        return _train(order, on_progress, on_audit, stopping)
+        with _tidied(order):
+            return _train(order, on_progress, on_audit, stopping)
     except OSError as error:
         raise TrainingError(
             f"{error.filename or order.out}: {error.strerror}",
@@ -93,25 +97,45 @@ def train(
         ) from error
 
 
+@contextmanager
+def _tidied(order: Order) -> Iterator[None]:
+    """Leave nothing behind of a training that is refused before its first checkpoint."""
+    work = _work(order)
+    made = [path for path in (work, *work.parents) if not path.exists()]
+    try:
+        yield
+    except (InspectorError, OSError):
+        if work in made and not any(work.glob("*.pt")):
+            shutil.rmtree(work, ignore_errors=True)
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def _work(order: Order) -> Path:
+    """The folder of the work in progress."""
+    return order.out.with_name(order.out.name + ".training")
+
+
 def _train(
     order: Order, on_progress: Callable[[Progress], None], on_audit: Callable[[data.Pictures], None],
     stopping: Callable[[], bool],
 ) -> Trained:  # fmt: skip
     _refuse(order)
-    work = order.out.with_name(order.out.name + ".training")
-    run = Run(work, device=order.device, seed=order.seed, on_progress=on_progress, stopping=stopping,
+    run = Run(_work(order), device=order.device, seed=order.seed, on_progress=on_progress, stopping=stopping,
               minutes=order.minutes)  # fmt: skip
     with run.alone(restart=order.restart):
         return _trained(order, run, on_audit)
 
 
 def _trained(order: Order, run: Run, on_audit: Callable[[data.Pictures], None]) -> Trained:
-    folder, work = order.folder, run.folder
-    if order.rectangle is not None:
-        r = order.rectangle
-        folder = work / f"region-{r.x_px}-{r.y_px}-{r.w_px}-{r.h_px}"
-        _everywhere(run, lambda: data.cropped(order.folder, r, folder))
-    surveyed = data.survey(folder, lambda done, count: run.step("reading", done, count), order.intensity_window)
+    folder, original = order.folder, None
+    if order.roi != Roi():
+        key = hashlib.sha256(order.roi.model_dump_json().encode()).hexdigest()[:12]
+        folder, original = run.folder / f"region-{key}", order.folder
+        _everywhere(run, lambda: data.cropped(order.folder, order.roi, folder, order.intensity_window))
+    surveyed = data.survey(folder, lambda done, count: run.step("reading", done, count), order.intensity_window, original)
     if surveyed.depth_bits != 8 and order.intensity_window is None:
         raise TrainingError(
             f"{order.folder}: {surveyed.depth_bits}-bit pictures need --intensity-window LOW HIGH",
@@ -121,6 +145,7 @@ def _trained(order: Order, run: Run, on_audit: Callable[[data.Pictures], None]) 
     if order.tile is not None and order.tile > shorter:
         remark = audit.Remark("note", f"tiles of {shorter} px instead of {order.tile}: the pictures are no larger")
         order, surveyed = replace(order, tile=shorter), replace(surveyed, remarks=(*surveyed.remarks, remark))
+    surveyed = replace(surveyed, remarks=(*surveyed.remarks, *_rounded(order, surveyed)))
     if run.first:
         on_audit(surveyed)
     try:
@@ -133,6 +158,17 @@ def _trained(order: Order, run: Run, on_audit: Callable[[data.Pictures], None]) 
             hint="close what else uses the GPU, give a smaller --size, or train with --device cpu",
         ) from error
     return _everywhere(run, lambda: _bundle(order, surveyed, spec, fitted, run))
+
+
+def _rounded(order: Order, surveyed: data.Pictures) -> Iterator[audit.Remark]:
+    """Says which input a size that is no multiple of the network's steps gives."""
+    side = getattr(order.family, "side", 0)
+    if order.latency_ms is None and side % _STEP_PX:
+        spec = order.family.input_spec(surveyed, order.tile, order.overlap)
+        text = (
+            f"the network's input is {spec.width}x{spec.height} px for a size of {side}: its sides are multiples of {_STEP_PX}"
+        )
+        yield audit.Remark("note", text)
 
 
 def _refuse(order: Order) -> None:
@@ -247,6 +283,7 @@ def _draft(order: Order, surveyed: data.Pictures, spec: InputSpec) -> Manifest:
         training=TrainedOn(
             digest=surveyed.digest, pictures=len(surveyed.paths), height_px=surveyed.height_px, width_px=surveyed.width_px,
             depth_bits=surveyed.depth_bits, intensity_window=order.intensity_window, aspects=(round(low, 4), round(high, 4)),
+            channels=1 if surveyed.channels == 1 else 3, sizes=surveyed.sizes, region=None if order.roi == Roi() else order.roi,
         ),
         min_version=version("edge-inspector"), command=order.command, files={"none": FileEntry(size=0, sha256="0" * 64)},
     )  # fmt: skip

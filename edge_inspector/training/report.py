@@ -70,7 +70,7 @@ def _explained(engine: Engine, path: Path, unseen: float) -> Extreme:
     anomaly = plan.stitched(np.stack(maps))
     expected = plan.stitched(np.stack(drawn)) if drawn else None
     regions = plan.regions(anomaly, manifest.threshold, None) if score > manifest.threshold else ()
-    title = f"{path.name}: {unseen:.3f} to a network that did not know it, {score:.3f} to this one"
+    title = f"{pictures.printable(path.name)}: {unseen:.3f} to a network that did not know it, {score:.3f} to this one"
     return Extreme(path, pictures.explanation(image, anomaly, manifest.threshold, regions, expected, title))
 
 

@@ -22,7 +22,7 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
 from edge_inspector import pictures
-from edge_inspector.errors import InspectorError, TrainingError
+from edge_inspector.errors import TrainingError
 
 _SUFFIX, _LOCK = ".pt", "lock"
 KEEP_EVERY_S = 30.0
@@ -108,12 +108,7 @@ class Run:
             if restart:
                 self.forget()
             self.shared(None, 0)  # the others wait for that
-            try:
-                yield
-            except InspectorError:
-                if not any(self.folder.glob(f"*{_SUFFIX}")):  # refused before anything was fitted
-                    self.remove()
-                raise
+            yield
 
     def _hold(self, lock: IO[str]) -> None:
         try:

@@ -176,7 +176,7 @@ def measured(folder: Path, seed: int, most: int, work: Path) -> dict[str, Any]:
     scores: dict[str, list[float]] = {name: [] for name in (*sums, *alone)}
     maps: dict[str, list[NDArray[np.float32]]] = {name: [] for name in scores}
     kinds, masks, trivial = [], [], Trivial()
-    listed = [(kind, path) for kind, paths in labelled(folder).items() for path in paths]
+    listed = [(kind, path) for kind, paths in labelled(folder).kinds.items() for path in paths]
     for start in range(0, len(listed), BATCH):
         batch = listed[start : start + BATCH]
         images = [pictures.read(path) for _, path in batch]

@@ -45,7 +45,7 @@ def measured(folder: Path, given: argparse.Namespace, seed: int, work: Path) -> 
     graph.balance(torch.from_numpy(tiles.of(~held).images))
     seconds, cpu_s = time.monotonic() - began, time.process_time() - cpu
     watched = watching.watch(fitter.drawn, tiles.of(~held).images, tiles.of(held).images)
-    listed = [(kind, path) for kind, paths in labelled(folder).items() for path in paths]
+    listed = [(kind, path) for kind, paths in labelled(folder).kinds.items() for path in paths]
     test = data.load_tiles([path for _, path in listed], spec, None)
     found = scored(graph, test, len(listed))
     good = np.array([kind == "good" for kind, _ in listed])

@@ -28,7 +28,7 @@ def main() -> None:
     bundle = open_bundle(given.bundle, given.trust)
     graph, threshold = bundle.network.read_bytes(), bundle.manifest.threshold
     precision = chosen(graph, "auto", bundle.manifest.name)
-    paths = sorted(p for p in given.folder.rglob("*") if p.suffix.lower() in pictures.SUFFIXES)
+    paths = sorted(p for p in given.folder.rglob("*") if pictures.is_picture(p))
     with OnnxEngine(bundle) as full, OnnxEngine(bundle, graph=converted(graph, precision)) as other:
         scores = np.array([[picture_score(engine, pictures.read(path)) for engine in (full, other)] for path in paths])
         near = parity.near_threshold(full, parity.MARGIN[precision], lambda done: None)

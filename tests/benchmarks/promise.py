@@ -72,7 +72,7 @@ def main() -> None:
     family = fitting.FeatureAnogan(side=given.side, prototypes=given.prototypes, steps=given.steps)
     with tempfile.TemporaryDirectory() as scratch:
         pool, bad = Path(scratch) / "pool", Path(scratch) / "bad"
-        kinds = labelled(given.folder)
+        kinds = {kind: list(paths) for kind, paths in labelled(given.folder).kinds.items()}
         goods = sorted((given.folder / "train" / "good").iterdir()) + kinds.pop("good")
         for where, paths in (
             (pool, goods),
