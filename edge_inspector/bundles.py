@@ -10,12 +10,14 @@ signature       Ed25519 over the bytes of manifest.json
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib.metadata import version
@@ -28,12 +30,13 @@ from edge_inspector.formats import header
 from edge_inspector.graphs import refuse_foreign
 from edge_inspector.results import Moment, Verdict
 from edge_inspector.roi import Roi
-from edge_inspector.schema import Field, Model, TolerantModel, read_json, validate
+from edge_inspector.schema import MAX_BYTES, Field, Model, TolerantModel, read_json, validate
 from edge_inspector.signatures import Ed25519PrivateKey, Signature, trusted_keys
 
 MANIFEST, NETWORK, SIGNATURE, REPORT = "manifest.json", "network.onnx", "signature", "report.html"
-GENERATOR = "generator.onnx"
+GENERATOR, GRAPHS = "generator.onnx", ".onnx"
 MAX_FILE_BYTES = 512 * 1024 * 1024
+MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILES = 64
 NAME_PATTERN = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 _FILE_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
@@ -133,24 +136,37 @@ class Manifest(TolerantModel):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle; `sha256` is that of its manifest, which covers every file."""
+    """A verified bundle; `sha256` is that of its manifest, which covers every file.
+
+    What runs it asks `read`, never the folder: the bytes that were verified are the bytes that run,
+    whatever becomes of the files meanwhile.
+    """
 
     folder: Path
     manifest: Manifest
     sha256: str
     key_id: str
+    _held: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    """The network and the samples as they were verified, until they are let go."""
 
-    @property
-    def network(self) -> Path:
-        """The ONNX file."""
-        return self.folder / NETWORK
+    def read(self, name: str) -> bytes:
+        """The bytes of a file that the manifest lists: those that were verified, or verified now.
+
+        Raises BundleDamaged.
+        """
+        held = self._held.get(name)
+        return held if held is not None else _verified(self.folder, name, self.manifest)
+
+    def let_go(self) -> None:
+        """Free the memory: what runs the network has its own. What is read later is verified anew."""
+        self._held.clear()
 
     @cached_property
     def channels(self) -> int:
         """Of the pictures it was trained on: 1 for grey, 3 for colour. Old bundles show it by their samples."""
         if self.manifest.training.channels is not None:
             return self.manifest.training.channels
-        return header((self.folder / self.manifest.samples[0].file).read_bytes()).channels
+        return header(self.read(self.manifest.samples[0].file)).channels
 
 
 # --- write and sign
@@ -175,7 +191,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def sign(folder: Path, key: Ed25519PrivateKey) -> str:
     """Sign a bundle's manifest after checking that its files are what it says. Returns the key's id."""
-    data = _plain(folder, MANIFEST).read_bytes()
+    data = _manifest_bytes(folder)
     _check_files(folder, _manifest(data, folder))
     signature = signatures.sign(data, key)
     (folder / SIGNATURE).write_text(signature.model_dump_json() + "\n")
@@ -185,16 +201,43 @@ def sign(folder: Path, key: Ed25519PrivateKey) -> str:
 # --- read and verify
 
 
-def _plain(folder: Path, name: str) -> Path:
-    """The path of a file in the folder, once it is sure to be a plain one. Raises BundleDamaged."""
-    path = folder / name
+def _bytes_of(path: Path, most: int) -> bytes:
+    """A plain file's bytes, read once, and at most one more than `most`. Raises BundleDamaged."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe is not waited for
     try:
-        mode = path.lstat().st_mode
+        with os.fdopen(os.open(path, flags), "rb") as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read(most + 1)
     except OSError as error:
-        raise BundleDamaged(f"{path}: missing", hint="copy the bundle again, whole") from error
-    if not stat.S_ISREG(mode):
-        raise BundleDamaged(f"{path}: not a plain file (a link or a folder)", hint="bundles are flat folders of files")
-    return path
+        if error.errno == errno.ENOENT:
+            raise BundleDamaged(f"{path}: missing", hint="copy the bundle again, whole") from error
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            hint = "check the file's permissions and its disk"
+            raise BundleDamaged(f"{path}: cannot be read: {error.strerror}", hint=hint) from error
+    hint = "bundles are flat folders of files"
+    raise BundleDamaged(f"{path}: not a plain file (a link or a folder)", hint=hint)
+
+
+def _verified(folder: Path, name: str, manifest: Manifest) -> bytes:
+    """The bytes of a file, read once and found to be what the manifest says. Raises BundleDamaged."""
+    path, entry = folder / name, manifest.files.get(name)
+    if entry is None:
+        raise BundleDamaged(f"{folder}: the manifest does not list {name}")
+    data = _bytes_of(path, entry.size)
+    if len(data) != entry.size:
+        found = f"more than {entry.size}" if len(data) > entry.size else len(data)
+        raise BundleDamaged(f"{path}: {found} bytes, the manifest says {entry.size}")
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        hint = "copy the bundle again, whole"
+        raise BundleDamaged(f"{path}: sha256 differs from the manifest", hint=hint)
+    return data
+
+
+def _manifest_bytes(folder: Path) -> bytes:
+    data = _bytes_of(folder / MANIFEST, MAX_MANIFEST_BYTES)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleDamaged(f"{folder / MANIFEST}: more than {MAX_MANIFEST_BYTES} bytes")
+    return data
 
 
 def _manifest(data: bytes, folder: Path) -> Manifest:
@@ -228,30 +271,33 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
             raise BundleDamaged(f"{folder}: file name {name!r} is not a plain name inside the bundle")
 
 
-def _check_files(folder: Path, manifest: Manifest) -> None:
+def _check_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    """Verify every file; returns the bytes of those that run: the network and the samples."""
     _check_names(folder, manifest)
-    for name, entry in manifest.files.items():
-        path = _plain(folder, name)
-        if path.stat().st_size != entry.size:
-            raise BundleDamaged(f"{path}: {path.stat().st_size} bytes, the manifest says {entry.size}")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != entry.sha256:
-            raise BundleDamaged(f"{path}: sha256 differs from the manifest", hint="copy the bundle again, whole")
+    running = {NETWORK, *(sample.file for sample in manifest.samples)}
+    for name in sorted(running - set(manifest.files)):
+        raise BundleDamaged(f"{folder}: the manifest does not list {name}")
+    held = {}
+    for name in manifest.files:
+        data = _verified(folder, name, manifest)
+        if name.endswith(GRAPHS):
+            refuse_foreign(data, str(folder / name))
+        if name in running:
+            held[name] = data
     present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     extra = sorted(present - set(manifest.files) - {MANIFEST, SIGNATURE})
     if extra:
         raise BundleDamaged(f"{folder}: files that the manifest does not list: {extra}", hint="remove them")
-    for name in (NETWORK, *(sample.file for sample in manifest.samples)):
-        if name not in manifest.files:
-            raise BundleDamaged(f"{folder}: the manifest does not list {name}")
+    return held
 
 
 def _check_signature(folder: Path, data: bytes, trust: Path) -> str:
     path = folder / SIGNATURE
     if not path.exists():
         raise BundleUntrusted(f"{folder}: not signed", hint="sign it: edge-inspector sign BUNDLE --key KEY")
-    source = str(_plain(folder, SIGNATURE))
     try:
-        return signatures.verify(validate(Signature, read_json(path.read_bytes(), source), source), data, trusted_keys(trust))
+        said = read_json(_bytes_of(path, MAX_BYTES), str(path))
+        return signatures.verify(validate(Signature, said, str(path)), data, trusted_keys(trust))
     except SchemaError as error:
         raise BundleUntrusted(f"{path}: not a signature file: {error}") from error
     except SignatureError as error:
@@ -260,7 +306,7 @@ def _check_signature(folder: Path, data: bytes, trust: Path) -> str:
 
 def signed_manifest(folder: Path, trust: Path) -> Manifest:
     """The manifest of a bundle whose other files may not be there yet. Raises BundleError."""
-    data = _plain(folder, MANIFEST).read_bytes()
+    data = _manifest_bytes(folder)
     _check_signature(folder, data, trust)
     manifest = _manifest(data, folder)
     _check_names(folder, manifest)
@@ -268,20 +314,19 @@ def signed_manifest(folder: Path, trust: Path) -> Manifest:
 
 
 def open_bundle(folder: Path, trust: Path, *, now: datetime | None = None, clock_ok: bool = True) -> Bundle:
-    """Read and verify a bundle: signature first, then every file, then the graph.
+    """Read and verify a bundle: signature first, then every file, once, and its graphs.
 
     `not_after` counts only when the clock is trusted. Raises BundleUntrusted, BundleDamaged or BundleUnsupported.
     """
     if not folder.is_dir():
         raise BundleDamaged(f"{folder}: no such bundle", hint="check the bundle's name and the bundles folder")
-    data = _plain(folder, MANIFEST).read_bytes()
+    data = _manifest_bytes(folder)
     identity = _check_signature(folder, data, trust)
     manifest = _manifest(data, folder)
-    _check_files(folder, manifest)
+    held = _check_files(folder, manifest)
     if clock_ok and manifest.not_after is not None and (now or datetime.now(timezone.utc)) > manifest.not_after:
         raise BundleUnsupported(f"{folder}: expired at {manifest.not_after}", hint="roll out a newer release")
-    refuse_foreign((folder / NETWORK).read_bytes(), str(folder / NETWORK))
-    return Bundle(folder, manifest, hashlib.sha256(data).hexdigest(), identity)
+    return Bundle(folder, manifest, hashlib.sha256(data).hexdigest(), identity, held)
 
 
 def in_folder(bundles: Path) -> Iterable[str]:

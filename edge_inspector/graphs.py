@@ -13,14 +13,23 @@ from edge_inspector.errors import BundleUnsupported
 
 MAX_DEPTH = 16
 OPSET = 17
+OWN_DOMAINS = {"", "ai.onnx"}
 
 # Field numbers of onnx.proto.
-_MODEL_GRAPH, _MODEL_OPSETS, _MODEL_FUNCTIONS = 7, 8, 25
+_MODEL_GRAPH, _MODEL_OPSETS, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 8, 20, 25
+_TRAINING_GRAPHS = (1, 2)
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
 _NODE_ATTRIBUTE, _NODE_OP, _NODE_DOMAIN = 5, 4, 7
-_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
+_ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 23)
+_SPARSE_TENSORS = (1, 2)
 _TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
+
+_NUMBER, _BYTES = 0, 2
+_FIXED = {1: 8, 5: 4}
+"""Wire types, and the sizes of those that have one."""
+_TAG_BYTES, _NUMBER_BYTES = 5, 10
+_TAG_BITS, _NUMBER_BITS = 32, 64
 
 
 @dataclass
@@ -34,37 +43,49 @@ class GraphFacts:
     functions: bool = False
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
+def _varint(data: memoryview, at: int, most_bytes: int, most_bits: int) -> tuple[int, int]:
+    """A number and where it ends. Readers cut off what does not fit, each in its own way: refused here."""
     value = 0
-    for shift in range(0, 70, 7):
+    for place in range(most_bytes):
         if at >= len(data):
             raise ValueError("ends inside a number")
         byte = data[at]
         at += 1
-        value |= (byte & 0x7F) << shift
+        value |= (byte & 0x7F) << (7 * place)
         if byte < 0x80:  # protobuf's continuation bit
-            return value, at
-    raise ValueError("number too long")
+            break
+    else:
+        raise ValueError("number too long")
+    if value >> most_bits:
+        raise ValueError(f"number of more than {most_bits} bits")
+    return value, at
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Number and value of each field: an int of wire type 0, bytes of wire type 2.
+
+    A field of onnx.proto that has another wire type is an unknown one to every reader, and left out.
+    """
     at = 0
     while at < len(data):
-        key, at = _varint(data, at)
+        key, at = _varint(data, at, _TAG_BYTES, _TAG_BITS)
         number, kind = key >> 3, key & 7
-        if kind == 0:
-            value, at = _varint(data, at)
+        if number == 0:
+            raise ValueError("a field has the number 0")
+        if kind == _NUMBER:
+            value, at = _varint(data, at, _NUMBER_BYTES, _NUMBER_BITS)
             yield number, value
             continue
-        if kind == 2:  # length-delimited
-            size, at = _varint(data, at)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
+        if kind == _BYTES:
+            size, at = _varint(data, at, _TAG_BYTES, _TAG_BITS)
+        elif kind in _FIXED:
+            size = _FIXED[kind]
         else:
             raise ValueError(f"unknown wire type {kind}")
         if at + size > len(data):
             raise ValueError("a field reaches beyond the end")
-        yield number, data[at : at + size]
+        if kind == _BYTES:
+            yield number, data[at : at + size]
         at += size
 
 
@@ -74,61 +95,74 @@ def _messages(data: memoryview, *numbers: int) -> Iterator[memoryview]:
             yield value
 
 
-def _tensor(data: memoryview, facts: GraphFacts) -> None:
+def _numbers(data: memoryview, wanted: int) -> Iterator[int]:
     for number, value in _fields(data):
-        if number == _TENSOR_EXTERNAL or (number == _TENSOR_LOCATION and value != 0):
-            facts.external_data = True
+        if number == wanted and isinstance(value, int):
+            yield value
+
+
+def _text(data: memoryview) -> str:
+    return bytes(data).decode()
+
+
+def _tensor(data: memoryview, facts: GraphFacts) -> None:
+    entries = sum(1 for _ in _messages(data, _TENSOR_EXTERNAL))  # an empty one is one, too
+    if entries or any(_numbers(data, _TENSOR_LOCATION)):
+        facts.external_data = True
+
+
+def _sparse(data: memoryview, facts: GraphFacts) -> None:
+    for tensor in _messages(data, *_SPARSE_TENSORS):
+        _tensor(tensor, facts)
+
+
+def _attribute(data: memoryview, facts: GraphFacts, depth: int) -> None:
+    for tensor in _messages(data, *_ATTRIBUTE_TENSORS):
+        _tensor(tensor, facts)
+    for sparse in _messages(data, *_ATTRIBUTE_SPARSE):
+        _sparse(sparse, facts)
+    for graph in _messages(data, *_ATTRIBUTE_GRAPHS):
+        _graph(graph, facts, depth + 1)
 
 
 def _node(data: memoryview, facts: GraphFacts, depth: int) -> None:
-    for number, value in _fields(data):
-        if not isinstance(value, memoryview):
-            continue
-        if number == _NODE_OP:
-            facts.operators.add(bytes(value).decode())
-        elif number == _NODE_DOMAIN:
-            facts.domains.add(bytes(value).decode())
-        elif number == _NODE_ATTRIBUTE:
-            for tensor in _messages(value, _ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
-                _tensor(tensor, facts)
-            for graph in _messages(value, _ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
-                _graph(graph, facts, depth + 1)
+    facts.operators.update(map(_text, _messages(data, _NODE_OP)))
+    facts.domains.update(map(_text, _messages(data, _NODE_DOMAIN)))
+    for attribute in _messages(data, _NODE_ATTRIBUTE):
+        _attribute(attribute, facts, depth)
 
 
 def _graph(data: memoryview, facts: GraphFacts, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise ValueError(f"graphs nested deeper than {MAX_DEPTH}")
-    for number, value in _fields(data):
-        if not isinstance(value, memoryview):
-            continue
-        if number == _GRAPH_NODE:
-            _node(value, facts, depth)
-        elif number == _GRAPH_INITIALIZER:
-            _tensor(value, facts)
-        elif number == _GRAPH_SPARSE:
-            for tensor in _messages(value, 1, 2):
-                _tensor(tensor, facts)
+    for node in _messages(data, _GRAPH_NODE):
+        _node(node, facts, depth)
+    for tensor in _messages(data, _GRAPH_INITIALIZER):
+        _tensor(tensor, facts)
+    for sparse in _messages(data, _GRAPH_SPARSE):
+        _sparse(sparse, facts)
+
+
+def _opset(data: memoryview, facts: GraphFacts) -> None:
+    """Of a field that comes twice all values count: which one does is the reader's secret."""
+    names = set(map(_text, _messages(data, _OPSET_DOMAIN))) or {""}
+    facts.domains.update(names)
+    if names & OWN_DOMAINS:
+        facts.opset = max(facts.opset, *_numbers(data, _OPSET_VERSION), 0)
 
 
 def facts_of(data: bytes) -> GraphFacts:
-    """Read an ONNX model's bytes. Raises ValueError when they are not one."""
-    facts = GraphFacts()
-    graphs = 0
-    for number, value in _fields(memoryview(data)):
-        if number == _MODEL_FUNCTIONS:
-            facts.functions = True
-        if number == _MODEL_OPSETS and isinstance(value, memoryview):
-            opset = dict(_fields(value))
-            domain = opset.get(_OPSET_DOMAIN, memoryview(b""))
-            name = bytes(domain).decode() if isinstance(domain, memoryview) else ""
-            facts.domains.add(name)
-            version = opset.get(_OPSET_VERSION, 0)
-            facts.opset = version if name == "" and isinstance(version, int) else facts.opset
-        if number == _MODEL_GRAPH and isinstance(value, memoryview):
-            graphs += 1
-            _graph(value, facts, 0)
-    if graphs != 1:
-        raise ValueError(f"{graphs} graphs, expected 1")
+    """Read an ONNX model's bytes. Raises ValueError when they are not one, or could be read in two ways."""
+    facts, model = GraphFacts(), memoryview(data)
+    facts.functions = sum(1 for _ in _messages(model, _MODEL_FUNCTIONS)) > 0
+    for opset in _messages(model, _MODEL_OPSETS):
+        _opset(opset, facts)
+    graphs = list(_messages(model, _MODEL_GRAPH))
+    if len(graphs) != 1:
+        raise ValueError(f"{len(graphs)} graphs, expected 1")
+    training = (graph for info in _messages(model, _MODEL_TRAINING) for graph in _messages(info, *_TRAINING_GRAPHS))
+    for graph in (*graphs, *training):
+        _graph(graph, facts, 0)
     return facts
 
 
@@ -140,7 +174,7 @@ def refuse_foreign(data: bytes, name: str) -> None:
         raise BundleUnsupported(f"{name}: not an ONNX model: {error}") from error
     if facts.external_data:
         raise BundleUnsupported(f"{name}: keeps tensors in other files", hint="export it with all data inside")
-    foreign = sorted(facts.domains - {"", "ai.onnx"})
+    foreign = sorted(facts.domains - OWN_DOMAINS)
     if foreign:
         raise BundleUnsupported(f"{name}: operators of foreign domains {foreign}; only ai.onnx is allowed")
     if facts.functions:

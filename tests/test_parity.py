@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edge_inspector import pictures
-from edge_inspector.bundles import Bundle, open_bundle
+from edge_inspector.bundles import NETWORK, Bundle, open_bundle
 from edge_inspector.errors import EngineError, EngineRefused
 from edge_inspector.inspector import Inspector
 from edge_inspector.recipes import CameraRecipe, Recipe, RoiRecipe
@@ -116,7 +116,7 @@ def test_a_network_that_no_blot_moves_cannot_be_compared_and_says_so(tmp_path: P
 def test_the_shipped_bundle_judges_real_parts_the_same_at_half_precision() -> None:
     bundle = open_bundle(ENGINES / "paper", ENGINES / "trust")
     paths = pictures.listed(ENGINES / "recording").taken
-    half = halved(bundle.network.read_bytes())
+    half = halved(bundle.read(NETWORK))
     with OnnxEngine(bundle) as full, Other(bundle, half) as halves:
         for path in paths[::4]:
             image = pictures.read(path)
@@ -132,7 +132,7 @@ def test_layers_are_halved_and_distances_are_not() -> None:
     import onnx
 
     bundle = open_bundle(ENGINES / "paper", ENGINES / "trust")
-    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(halved(bundle.network.read_bytes())), data_prop=True)
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(halved(bundle.read(NETWORK))), data_prop=True)
     kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     by = {node.name: {kinds[name] for name in node.output if name in kinds} for node in model.graph.node}
     half, full = {onnx.TensorProto.FLOAT16}, {onnx.TensorProto.FLOAT}

@@ -67,7 +67,7 @@ def test_a_folder_of_good_parts_becomes_a_signed_bundle_that_keeps_its_word(tmp_
     trained = training.train(order(tmp_path, drawn(tmp_path / "good", 60), family=family), steps.append)
     opened = bundles.open_bundle(trained.folder, tmp_path / "trust")
     manifest = opened.manifest
-    graph = onnx.load(str(opened.network)).graph
+    graph = onnx.load_from_string(opened.read(bundles.NETWORK)).graph
     kinds = {w.name: w.data_type for w in graph.initializer}
     dequantised = {kinds.get(n.input[0], onnx.TensorProto.INT8) for n in graph.node if n.op_type == "DequantizeLinear"}
     assert dequantised == ({onnx.TensorProto.INT8} if family is INT8 else set()), "TensorRT takes no other"

@@ -189,17 +189,17 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Latency of a bundle on this machine: percentiles per stage, on the bundle's own samples."""
-    from edge_inspector import health, pictures, preprocess  # noqa: PLC0415
+    from edge_inspector import health, preprocess  # noqa: PLC0415
     from edge_inspector.bundles import open_bundle  # noqa: PLC0415
     from edge_inspector.config import load_device, load_line  # noqa: PLC0415
     from edge_inspector.roi import Roi  # noqa: PLC0415
-    from edge_inspector.runtime import OnnxEngine, opened  # noqa: PLC0415
+    from edge_inspector.runtime import OnnxEngine, opened, picture_of  # noqa: PLC0415
     from edge_inspector.wiring import batch_of, workshop_of  # noqa: PLC0415
 
     device = load_device(config) if config else None
     found = open_bundle(bundle, device.trust if device else trust, clock_ok=health.clock().ok)
     manifest = found.manifest
-    image = pictures.read(found.folder / manifest.samples[0].file)
+    image = picture_of(found, manifest.samples[0])
     height, width = image.shape[:2]
     plan = preprocess.Plan(manifest.input, Roi(), height, width, manifest.training.intensity_window)
     tiles = len(plan.tiles)

@@ -19,13 +19,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from edge_inspector.bundles import MANIFEST, Manifest
+from edge_inspector.bundles import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from edge_inspector.cli.shown import ConfigOption, JsonOption, err, out, phases, print_json, progress_bar
 from edge_inspector.config import Device, DeviceConfig, LineConfig, load_device, parse_line, read_document
 from edge_inspector.errors import InspectorError
 from edge_inspector.messages import AuditEntry, BundleDesired, BundleReported, ConfigDesired, ConfigReported
 from edge_inspector.remote.client import CONFIGURATION, Difference, R, Remote, differences
-from edge_inspector.remote.fetch import MAX_MANIFEST_BYTES
 from edge_inspector.schema import read_json, read_yaml, validate
 from edge_inspector.signatures import read_private_key
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import IO, Protocol
 from urllib.parse import urlsplit
 
-from edge_inspector.bundles import MANIFEST, SIGNATURE, FileEntry, Manifest, signed_manifest
+from edge_inspector.bundles import MANIFEST, MAX_MANIFEST_BYTES, SIGNATURE, FileEntry, Manifest, signed_manifest
 from edge_inspector.errors import BundleDamaged, BundleError, BundleUntrusted, SourceUnreachable
 
-MAX_MANIFEST_BYTES = 4 << 20
 ROOM = 3
 """Times the bundle's size that must be free: its files, what is built of them, and something to live on."""
 _PIECE = 1 << 18

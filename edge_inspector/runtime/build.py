@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Literal
 
-from edge_inspector.bundles import Bundle
+from edge_inspector.bundles import NETWORK, Bundle
 from edge_inspector.errors import EngineError, EngineRefused, InspectorError
 from edge_inspector.results import Moment
 from edge_inspector.runtime import tensorrt
@@ -216,7 +216,7 @@ def _locked(file: IO[str]) -> bool:
 
 
 def _wished(bundle: Bundle, wanted: Literal["auto", Precision], batch: int, gpu: GpuFacts) -> EngineRecord:
-    graph = bundle.network.read_bytes()
+    graph = bundle.read(NETWORK)
     return EngineRecord(
         bundle=bundle.manifest.name, release=bundle.manifest.release, bundle_sha256=bundle.sha256,
         network_sha256=hashlib.sha256(graph).hexdigest(), tensorrt=str(tensorrt.load().__version__), gpu=gpu.name,

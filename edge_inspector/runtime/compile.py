@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_inspector import durable
-from edge_inspector.bundles import Bundle, open_bundle
+from edge_inspector.bundles import NETWORK, Bundle, open_bundle
 from edge_inspector.errors import BundleDamaged, EngineRefused, InspectorError
 from edge_inspector.frames import utc_now
 from edge_inspector.runtime import parity, precision, tensorrt
@@ -81,7 +81,7 @@ def _make(order: Order, tell: Tell) -> None:
 def _compiled(bundle: Bundle, record: EngineRecord, engine: Path, cache: Path, tell: Tell) -> EngineRecord:
     began = time.monotonic()
     timings = cache.read_bytes() if cache.exists() and cache.stat().st_size < _CACHE_BYTES else b""
-    graph = precision.converted(bundle.network.read_bytes(), record.precision)
+    graph = precision.converted(bundle.read(NETWORK), record.precision)
     plan, timings = tensorrt.compiled(tensorrt.load(), graph, record.batch, tell, timings)
     durable.write(cache, timings)
     durable.write(engine, plan)

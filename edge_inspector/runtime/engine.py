@@ -98,6 +98,11 @@ def picture_score(engine: Engine, image: Pixels) -> float:
     return float(judged_tiles(engine, plan, image)[0].max())
 
 
+def picture_of(bundle: Bundle, sample: Sample) -> Pixels:
+    """The pixels of a sample, from the bytes that were verified. Raises BundleDamaged or PictureError."""
+    return pictures.decode(bundle.read(sample.file), str(bundle.folder / sample.file))
+
+
 def judge_samples(engine: Engine) -> list[float]:
     """Judge every sample of the bundle; returns the scores. Raises EngineRefused at a flip or a score too far off."""
     return [judge_sample(engine, sample) for sample in engine.bundle.manifest.samples]
@@ -106,7 +111,7 @@ def judge_samples(engine: Engine) -> list[float]:
 def judge_sample(engine: Engine, sample: Sample) -> float:
     """Judge one sample; returns its score. Raises EngineRefused at a flip or a score too far off."""
     manifest = engine.bundle.manifest
-    score = picture_score(engine, pictures.read(engine.bundle.folder / sample.file))
+    score = picture_score(engine, picture_of(engine.bundle, sample))
     verdict, _ = scoring.judge(score, manifest.threshold)
     if verdict is not sample.verdict or not abs(score - sample.score) <= TOLERANCE[engine.precision] * manifest.threshold:
         raise EngineRefused(

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from edge_inspector.bundles import Bundle
+from edge_inspector.bundles import NETWORK, Bundle
 from edge_inspector.errors import EngineError
 from edge_inspector.runtime.engine import Outputs
 from edge_inspector.runtime.precision import Precision, precision_of
@@ -44,7 +44,7 @@ class OnnxEngine:
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # cores idle between two parts
         try:
-            graph = self._graph or self.bundle.network.read_bytes()
+            graph = self._graph or self.bundle.read(NETWORK)
             self.precision = precision_of(graph)
             self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
             self._bind()

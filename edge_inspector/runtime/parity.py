@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_inspector import pictures, preprocess, scoring
+from edge_inspector import preprocess, scoring
 from edge_inspector.bundles import Bundle
 from edge_inspector.errors import EngineRefused
 from edge_inspector.roi import Roi
-from edge_inspector.runtime.engine import TOLERANCE, Engine, Outputs, judge_samples
+from edge_inspector.runtime.engine import TOLERANCE, Engine, Outputs, judge_samples, picture_of
 from edge_inspector.runtime.precision import Precision
 
 FRAMES, REACH = 200, 0.2
@@ -87,7 +87,7 @@ def _tiles(bundle: Bundle) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8
     """Every tile of every sample, image and valid."""
     manifest = bundle.manifest
     for sample in manifest.samples:
-        picture = pictures.read(bundle.folder / sample.file)
+        picture = picture_of(bundle, sample)
         plan = preprocess.Plan(manifest.input, Roi(), picture.shape[0], picture.shape[1], manifest.training.intensity_window)
         images, valid = plan.buffers()
         plan.fill(picture, images, valid)

@@ -33,6 +33,7 @@ class Pool:
             with ExitStack() as stack:
                 engine = stack.enter_context(make())
                 judge_samples(engine)
+                engine.bundle.let_go()
                 with self._lock:
                     if self._is_closed:
                         raise EngineError("stopped while an engine was opened")

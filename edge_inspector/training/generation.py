@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from edge_inspector import pictures
 from edge_inspector.bundles import GENERATOR, Bundle
 from edge_inspector.errors import PictureError
+from edge_inspector.frames import Pixels
 from edge_inspector.results import Verdict
+from edge_inspector.runtime import picture_of
 from edge_inspector.training import synthesis
 
 _WALKS, _STEPS, _ACROSS = 6, 10, 8
@@ -34,7 +37,7 @@ class Drawer:
     """The generator G of a bundle that has one (fanogan; feature-anogan draws features, not pictures)."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._session = onnxruntime.InferenceSession(str(bundle.folder / GENERATOR), providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(bundle.read(GENERATOR), providers=["CPUExecutionProvider"])
         self.latent = int(self._session.get_inputs()[0].shape[1])
 
     def __call__(self, latents: NDArray[np.float32]) -> Picture:
@@ -64,11 +67,12 @@ def generate(
         rows = [drawn[i : i + _ACROSS] for i in range(0, min(good, _ACROSS**2), _ACROSS)]
         pictures.write(out / "drawn.png", _sheet([row for row in rows if len(row) == len(rows[0])]))
         pictures.write(out / "walks.png", _sheet([draw(walk(rng, draw.latent)) for _ in range(_WALKS)]))
-    sources = sources or [bundle.folder / s.file for s in bundle.manifest.samples if s.verdict is Verdict.PASS]
+    own = [s for s in bundle.manifest.samples if s.verdict is Verdict.PASS]
+    given = [partial(pictures.read, path) for path in sources] or [partial(picture_of, bundle, sample) for sample in own]
     for name, family in _FAMILIES.items():
         for number in range(count):
-            picture = _read(sources[number % len(sources)], window)
-            other = _read(sources[int(rng.integers(len(sources)))], window)
+            picture = _scaled(given[number % len(given)](), window)
+            other = _scaled(given[int(rng.integers(len(given)))](), window)
             spoiled, mask = synthesis.visibly_spoiled(rng, picture, other if other.shape == picture.shape else picture, family)
             _put(out / "test" / name, f"{number:04d}", _as_camera(spoiled, window))
             _put(out / "ground_truth" / name, f"{number:04d}_mask", mask * np.uint8(255))
@@ -89,9 +93,8 @@ def _sheet(rows: Sequence[Picture]) -> Picture:
     return np.concatenate([np.concatenate(list(row), 1) for row in rows], 0)
 
 
-def _read(path: Path, window: tuple[int, int] | None) -> Picture:
+def _scaled(image: Pixels, window: tuple[int, int] | None) -> Picture:
     """A picture as uint8 [H, W, C]; `window`: what is black and white in it."""
-    image = pictures.read(path)
     low, high = window or (0, np.iinfo(image.dtype).max)
     levels = (image.astype(np.float32) - low) * (255 / (high - low))
     return np.asarray(levels.clip(0, 255).round(), np.uint8).reshape(*image.shape[:2], -1)

@@ -246,7 +246,8 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
     )  # fmt: skip
     ascending = [i for i in np.argsort(scores) if known[i]]
     ranked = [surveyed.paths[i] for i in ascending]
-    with OnnxEngine(Bundle(part, manifest, "", "")) as engine:
+    graph_bytes = (part / bundles.NETWORK).read_bytes()
+    with OnnxEngine(Bundle(part, manifest, "", ""), graph=graph_bytes) as engine:
         samples = calibrate.limit_samples(engine, ranked, promise.threshold, part)
         limit = limits.curve(engine, ranked, run.rng(), lambda done, count: run.step("detection limit", done, count))
         extremes = report.extremes(engine, ranked, scores[ascending].tolist())

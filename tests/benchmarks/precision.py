@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_inspector import pictures
-from edge_inspector.bundles import open_bundle
+from edge_inspector.bundles import NETWORK, open_bundle
 from edge_inspector.runtime import OnnxEngine, parity
 from edge_inspector.runtime.engine import picture_score
 from edge_inspector.runtime.precision import chosen, converted
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--trust", type=Path, default=Path("engines/trust"))
     given = parser.parse_args()
     bundle = open_bundle(given.bundle, given.trust)
-    graph, threshold = bundle.network.read_bytes(), bundle.manifest.threshold
+    graph, threshold = bundle.read(NETWORK), bundle.manifest.threshold
     precision = chosen(graph, "auto", bundle.manifest.name)
     paths = sorted(p for p in given.folder.rglob("*") if pictures.is_picture(p))
     with OnnxEngine(bundle) as full, OnnxEngine(bundle, graph=converted(graph, precision)) as other:

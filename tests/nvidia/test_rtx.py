@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_inspector.bundles import Bundle, open_bundle
+from edge_inspector.bundles import NETWORK, Bundle, open_bundle
 from edge_inspector.errors import EngineError
 from edge_inspector.runtime import OnnxEngine, tensorrt
 from edge_inspector.runtime.precision import Precision, converted
@@ -57,7 +57,7 @@ def tensorrt_precision(bundle: Bundle) -> str:
 
 
 def test_every_family_is_parsed_and_built_at_every_precision(rtx: Any, bundle: Bundle) -> None:
-    graph = bundle.network.read_bytes()
+    graph = bundle.read(NETWORK)
     sizes = {}
     for precision in precisions(bundle):
         told: list[str] = []
@@ -75,7 +75,7 @@ def test_every_family_is_parsed_and_built_at_every_precision(rtx: Any, bundle: B
 
 def test_every_family_judges_the_same_at_half_precision(bundle: Bundle) -> None:
     for precision in precisions(bundle):
-        graph = converted(bundle.network.read_bytes(), precision)
+        graph = converted(bundle.read(NETWORK), precision)
         with OnnxEngine(bundle, batch=2) as full, OnnxEngine(bundle, batch=2, graph=graph) as other:
             rng = np.random.default_rng(3)
             for _ in range(4):
@@ -86,7 +86,7 @@ def test_every_family_judges_the_same_at_half_precision(bundle: Bundle) -> None:
 
 
 def test_what_the_parser_does_not_know_is_told_in_its_own_words(rtx: Any, tmp_path: Path) -> None:
-    model = onnx.load_from_string(tiny_bundle(tmp_path).network.read_bytes())
+    model = onnx.load_from_string(tiny_bundle(tmp_path).read(NETWORK))
     model.graph.node[-1].op_type = "Det"
     del model.graph.node[-1].attribute[:]
     with pytest.raises(EngineError, match=r"TensorRT cannot read the graph: .*operator: Det"):
