@@ -299,6 +299,16 @@ def test_an_http_camera_delivers_every_picture_whole(mjpeg_port: int, path: str)
     assert all(np.array_equal(frame.image, whole) for frame in frames)
 
 
+def test_an_http_camera_that_sends_its_last_picture_again_and_again_is_told_as_frozen(mjpeg_port: int) -> None:
+    with camera(f"http://127.0.0.1:{mjpeg_port}/sized", timeout_ms=3000) as source:
+        frames = taken(source, 14, 30)
+        assert [frame.fault for frame in frames] == [""] * 9 + ["frozen_image"] * 5
+        assert "identical frames in a row" in source.frozen
+        assert source.hindrance == source.frozen
+    with camera(f"http://127.0.0.1:{mjpeg_port}/sized", timeout_ms=3000, guards={"frozen_frames": 0}) as unguarded:
+        assert {frame.fault for frame in taken(unguarded, 14, 30)} == {""}
+
+
 def test_a_truncated_picture_of_an_http_camera_is_a_broken_frame_and_never_a_concealed_one(mjpeg_port: int) -> None:
     with camera(f"http://127.0.0.1:{mjpeg_port}/truncated", timeout_ms=3000) as source:
         frames = taken(source, 12, 30)
