@@ -130,7 +130,9 @@ def test_garbage_on_every_subscribed_topic_changes_nothing(tmp_path: Path, mosqu
         assert daemon.process is not None and daemon.process.poll() is None
         # "kept" reaches a subscriber that was there already without its retain flag: it is an ordinary trigger.
         until(lambda: "after" in {r["trigger_id"] for r in listener.of("result", "sheet")}, what="the good one")
-        assert {r["trigger_id"] for r in results} <= {"kept", "after", "a"}
+        assert {r["trigger_id"] for r in results} <= {"kept", "after", "a", "b"}
+        refused = until(lambda: [v for v in listener.of("verdict", "sheet") if v["trigger_id"] == "b"], what="an answer")
+        assert refused[0]["reason"] == "invalid_trigger", "whose id can be read is answered"
         assert "Traceback" not in daemon.log
     assert any(alert["code"] == "bad_message" for alert in listener.of("alert"))
 
