@@ -314,7 +314,7 @@ class Camera:
         source.trigger()
         while not self._closing.is_set() and source.read(_ASKED_WAIT_S) is None:
             if not self._patient(asked_s):
-                raise self._silent(asked_s)
+                raise self._silent()
 
     def _flow(self, source: Source, info: Info) -> None:
         """Frames as they come. Raises CameraError when none does."""
@@ -324,7 +324,7 @@ class Camera:
             if frame is not None:
                 self._deliver(frame, info)
             elif not info.waits and not self._patient(heard_s):
-                raise self._silent(heard_s)
+                raise self._silent()
             if frame is not None or info.waits:  # a line may stand still; a source that hangs says so itself
                 heard_s = time.monotonic()
 
@@ -346,7 +346,7 @@ class Camera:
                 self.counts.skipped += 1
             elif not self._patient(heard_s):
                 if missing:
-                    raise self._silent(heard_s)
+                    raise self._silent()
                 self._answered()
                 self.counts.missing += 1
                 heard_s, missing = time.monotonic(), True
@@ -354,9 +354,9 @@ class Camera:
     def _patient(self, heard_s: float) -> bool:
         return time.monotonic() - heard_s <= self.config.timeout_ms / 1000
 
-    def _silent(self, heard_s: float) -> CameraError:
+    def _silent(self) -> CameraError:
         return CameraError(
-            f"{self.config.name}: silent for {time.monotonic() - heard_s:.1f} s", hint="cable, power, or a busy network"
+            f"{self.config.name}: silent for {self.config.timeout_ms} ms", hint="cable, power, or a busy network"
         )
 
     def _asked(self, source: Source) -> bool:
