@@ -159,7 +159,7 @@ def test_a_hanging_camera_does_not_slow_another_nor_the_end() -> None:
     assert max(b - a for a, b in zip(times[5:], times[6:], strict=False)) < 1.0
 
 
-def test_dark_frozen_and_misshapen_frames_are_found() -> None:
+def test_dark_and_frozen_frames_are_found() -> None:
     for fault, guards, reason in (
         ("dark", {"dark_below": 20}, "dark_image"), ("freeze", {"frozen_frames": 2}, "frozen_image"),
     ):  # fmt: skip

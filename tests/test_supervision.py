@@ -151,6 +151,14 @@ def test_twelve_bit_frames_that_are_equal_are_frozen() -> None:
     assert found(dim, replace(INFO, depth_bits=16))[-1]
 
 
+def test_a_frame_of_another_size_or_depth_is_told() -> None:
+    guard = _Guard(Guards())
+    for image in (np.zeros((48, 63), np.uint8), np.zeros((48, 64, 3), np.uint8), np.zeros((48, 64), np.uint16)):
+        fault = guard.fault(Frame(image, 0, 0.0, utc_now()), INFO)
+        assert fault is not None
+        assert fault[0].value == "wrong_format"
+
+
 @pytest.mark.parametrize("coding", ["recorded", "simulated"])
 def test_a_recording_is_never_frozen_unless_somebody_asks_for_it(coding: str) -> None:
     info = replace(INFO, simulated=True) if coding == "simulated" else replace(INFO, coding="recorded")
