@@ -159,7 +159,10 @@ class Guards(Model):
     """What makes a frame unfit to judge. 0 switches a guard off."""
 
     dark_below: float = Field(0.0, ge=0, le=65535, description="mean intensity under which a frame is dark")
-    frozen_frames: int = Field(0, ge=0, le=1000, description="identical frames in a row after which a camera is frozen")
+    frozen_frames: int | None = Field(
+        None, ge=0, le=1000, description="identical frames in a row after which a camera is frozen; none: ten of a camera, "
+        "10 s and two key frames of a coded stream, and a recording never",
+    )  # fmt: skip
 
 
 class CameraConfig(Model):

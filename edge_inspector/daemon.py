@@ -34,6 +34,7 @@ from edge_inspector.remote.configuration import Configuration
 from edge_inspector.remote.orders import Authority
 from edge_inspector.runtime import Pool
 from edge_inspector.setting import Setting
+from edge_inspector.standing import Orders
 from edge_inspector.station import Station
 from edge_inspector.updates import Updates
 from edge_inspector.wiring import Setup, connection_of, inspectors_of, topics_of
@@ -84,9 +85,10 @@ class _Alarms:
 class _Line:
     """One line configuration in force: its stations, broker and outbox, from start to stop or reload."""
 
-    def __init__(self, device: Device, setup: Setup, stack: ExitStack, pools: dict[str, Pool]) -> None:
-        self.device, self.setup = device, setup
+    def __init__(self, device: Device, setup: Setup, stack: ExitStack, pools: dict[str, Pool], orders: Orders) -> None:
+        self.device, self.setup, self._orders = device, setup, orders
         line = setup.line
+        orders.use(line.stations)
         self._pools = pools
         self.session = secrets.token_hex(4)
         self.watchdog = systemd.Watchdog(PATIENCE_S)
@@ -148,7 +150,8 @@ class _Line:
             make_source=lambda name: open_source(config.cameras[name], self.device.folder),
             inspectors=partial(inspectors_of, self.device, self.setup, name, self._pools.setdefault(name, Pool())),
             clock_ok=lambda: self._clock.ok,
-            watch=self.watchdog.loop, forget=self.watchdog.forget, output=self.outputs.get(name), metrics=self.metrics,
+            watch=self.watchdog.loop, forget=self.watchdog.forget, orders=self._orders, output=self.outputs.get(name),
+            metrics=self.metrics,
         )  # fmt: skip
 
     def swap(self, setup: Setup, inspectors: Mapping[str, Inspectors]) -> None:
@@ -173,10 +176,12 @@ class _Line:
                 raise InspectorError(f"a thread ended: {failure}", hint="see the log above") from failure
         hanging = self.watchdog.ping()
         for name, output in self.outputs.items():
-            if not hanging and self.stations[name].operational:
+            if not hanging and not self.stations[name].hindrance:
                 output.alive()
+        self._orders.retry()
         causes = [
             *extra,
+            *self._orders.causes(),
             *(self.metrics.causes() if self.metrics else ()),
             *health.storage_causes(self.outbox.counts, self.device.state),
         ]
@@ -272,23 +277,19 @@ def run(
         authority = Authority(topics_of(device).device_path, trust)
         configuration = Configuration(device.state / "configuration.json", partial(load_line, device.line_file), authority)
         updates = Updates(device, configuration, authority, pools, stop)
-        orders: dict[str, tuple[bool, str | None, str]] = {}
+        orders = Orders(device.state / "orders.json")
         while not stop.is_set():
             with ExitStack() as stack:
                 try:
-                    current = _Line(device, updates.setup, stack, pools)
+                    current = _Line(device, updates.setup, stack, pools, orders)
                 except InspectorError as error:
                     if updates.failed(error):
                         continue
                     raise
-                for name, station in current.stations.items():
-                    if name in orders:
-                        station.resume(*orders[name])
                 systemd.notify("READY=1")
                 on_ready(current.setup.line)
                 goes_on = _serve(current, updates, stop, reload, until_ended=until_ended)
                 systemd.notify("RELOADING=1" if goes_on else "STOPPING=1")
-                orders |= {name: station.orders for name, station in current.stations.items()}
             for name, station in current.stations.items():
                 if station.is_stuck:  # in an engine: that one is not used again, nor closed
                     del pools[name]

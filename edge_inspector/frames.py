@@ -38,6 +38,8 @@ class Frame:
     """Frames known lost just before this one."""
     epoch: int = 0
     """Counts (re)openings of the camera."""
+    key: bool | None = None
+    """Of a coded stream: whether it was coded without the frames before it; None where that is not known."""
     fault: str = ""
     """Why this frame cannot be judged (a Reason's value); empty for a good one."""
     fault_detail: str = ""
@@ -58,6 +60,8 @@ class Trigger:
     product: str | None = None
     journalled: bool = False
     """Whether the outbox holds it already, so that a crash cannot lose it."""
+    fault: str = ""
+    """Why it asks for nothing that can be done; empty for a good one."""
 
 
 class Coming:

@@ -18,12 +18,14 @@ from types import TracebackType
 from typing import Protocol
 
 from edge_inspector import messages
-from edge_inspector.errors import InspectorError, OutboxError
+from edge_inspector.errors import InspectorError, OutboxError, SchemaError
 from edge_inspector.frames import Coming, Trigger, utc_now
+from edge_inspector.journal import Journalled
 from edge_inspector.messages import Topics, TriggerRequest, VerdictMessage
 from edge_inspector.mqtt import Connection, Message
-from edge_inspector.outbox import Journalled, Outbox
-from edge_inspector.results import Result
+from edge_inspector.outbox import Outbox
+from edge_inspector.results import Reason, Result, Verdict
+from edge_inspector.schema import read_json, validate
 from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,10 @@ class TriggerTaker(Protocol):
 
     def offer(self, trigger: Trigger) -> None:
         """Take a journalled trigger; must not block."""
+        ...
+
+    def reused(self, trigger: Trigger, result: Result) -> None:
+        """Tell the result of a trigger whose id is another part's; must not block."""
         ...
 
 
@@ -110,10 +116,10 @@ class Handshake:
         try:
             message.check(messages.MAX_REQUEST_BYTES)
             station = messages.named(self.stations, name)
-            request = messages.decode(TriggerRequest, message.payload, message.topic)
+            request, fault = self._requested(name, message)
             coming = station.coming.begin()  # before its own time
             try:
-                trigger = _trigger(request, station.expires_ms / 1000)
+                trigger = _trigger(request, station.expires_ms / 1000, fault)
                 future = self.outbox.journal(name, trigger)
             except Exception:
                 station.coming.end(coming)
@@ -126,6 +132,18 @@ class Handshake:
         except (ArithmeticError, TypeError, ValueError) as error:  # never die of a message: it would come again for ever
             log.exception("message on %s", message.topic)
             self._refused(name, InspectorError(f"{message.topic}: {error}"), message)
+
+    def _requested(self, station: str, message: Message) -> tuple[TriggerRequest, str]:
+        """What is asked for, and what is wrong with it: whoever can be answered is. Raises SchemaError where nobody can."""
+        data = read_json(message.payload, message.topic)
+        try:
+            return validate(TriggerRequest, data, message.topic), ""
+        except SchemaError as error:
+            if not isinstance(data, dict) or any(fault.path in ("", "trigger_id") for fault in error.faults):
+                raise
+            self._refuse(station, error)
+            named = validate(TriggerRequest, {"trigger_id": data["trigger_id"]}, message.topic)
+            return named, "; ".join(str(fault) for fault in error.faults)
 
     def _refused(self, station: str, error: InspectorError, message: Message) -> None:
         self._refuse(station, error)
@@ -142,20 +160,31 @@ class Handshake:
                 self.stations[name].offer(trigger)
             elif answer.result is not None:
                 known = messages.decode(Result, answer.result, name)
-                self.verdict(verdict_of(known, repeated=True))
+                if answer.reused:
+                    self.stations[name].reused(trigger, known)
+                else:
+                    self.verdict(_repeated(known))
         finally:
             self.stations[name].coming.end(coming)
 
 
-def _trigger(request: TriggerRequest, left_s: float) -> Trigger:
+def _trigger(request: TriggerRequest, left_s: float, fault: str) -> Trigger:
     """What is asked for, as of now; it expires in `left_s` at the latest."""
     now_s, now = time.monotonic(), utc_now()
     if request.expires_at is not None:
         left_s = max(0.0, min(left_s, request.expires_at.timestamp() - now.timestamp()))
     return Trigger(
         request.trigger_id, now_s, now, now_s + left_s, now + timedelta(seconds=left_s),
-        request.part_id, request.product, journalled=True,
+        request.part_id, request.product, journalled=True, fault=fault,
     )  # fmt: skip
+
+
+def _repeated(known: Result) -> VerdictMessage:
+    """The answer to a trigger that came before. A pass that has expired is none: another part may be at the diverter."""
+    told = verdict_of(known, repeated=True)
+    if known.verdict is Verdict.PASS and known.expires_at <= utc_now():
+        return told.model_copy(update={"verdict": Verdict.UNDECIDED, "reason": Reason.LATE})
+    return told
 
 
 def verdict_of(result: Result, *, repeated: bool = False) -> VerdictMessage:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel
 
 from edge_inspector.errors import InspectorError
-from edge_inspector.results import Evidence, Moment, Reason, Result, Verdict
+from edge_inspector.results import Evidence, Moment, PartId, Reason, Result, Verdict
 from edge_inspector.schema import MAX_BYTES, Field, TolerantModel, read_json, validate
 from edge_inspector.signatures import Signature
 
@@ -70,7 +70,7 @@ class TriggerRequest(TolerantModel):
     """trigger/{station}: inspect one part now."""
 
     trigger_id: PlainId
-    part_id: PlainId | None = None
+    part_id: PartId | None = None
     product: PlainId | None = None
     expires_at: Moment | None = None
 
@@ -166,6 +166,7 @@ class Ready(TolerantModel):
     state: Literal["preoperational", "halted", "error", "initialized", "ready", "single_execution", "continuous_execution"]
     reason: str = ""
     product: str | None = None
+    product_ordered: bool = Field(False, description="by command: it holds until another one is ordered, also after a restart")
     recipe: str | None = None
     session: str
     tested_at: Moment | None = Field(None, description="when the samples of its bundles were judged last")

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from edge_inspector import messages
+from edge_inspector import journal, messages
 from edge_inspector.errors import OutboxError
 from edge_inspector.frames import Trigger, utc_now
 from edge_inspector.results import Reason, Result, Verdict
@@ -52,9 +52,6 @@ CREATE TABLE IF NOT EXISTS streams(station TEXT PRIMARY KEY, stream TEXT NOT NUL
 CREATE TABLE IF NOT EXISTS results(id INTEGER PRIMARY KEY, station TEXT NOT NULL, seq INTEGER NOT NULL, verdict TEXT NOT NULL,
   body BLOB NOT NULL, UNIQUE(station, seq));
 CREATE INDEX IF NOT EXISTS passed ON results(id) WHERE verdict = 'pass';
-CREATE TABLE IF NOT EXISTS triggers(id INTEGER PRIMARY KEY, station TEXT NOT NULL, trigger_id TEXT NOT NULL, body TEXT NOT NULL,
-  seq INTEGER, UNIQUE(station, trigger_id));
-CREATE INDEX IF NOT EXISTS open_triggers ON triggers(id) WHERE seq IS NULL;
 CREATE TABLE IF NOT EXISTS gaps(station TEXT NOT NULL, lo INTEGER NOT NULL, hi INTEGER NOT NULL, PRIMARY KEY(station, lo));
 """
 
@@ -67,14 +64,6 @@ class Head:
     lo: int
     hi: int
     acked: int
-
-
-@dataclass(frozen=True)
-class Journalled:
-    """Answer to a trigger: new, or seen before (with its result once there is one)."""
-
-    new: bool
-    result: bytes | None = None
 
 
 @dataclass
@@ -193,7 +182,8 @@ class Outbox:
         connection.execute("PRAGMA wal_autocheckpoint=0")
         connection.execute(f"PRAGMA journal_size_limit={self._wal_bytes}")
         connection.execute(f"PRAGMA max_page_count={self._max_pages}")
-        connection.executescript(_TABLES)
+        connection.executescript(_TABLES + journal.TABLE)
+        journal.upgrade(connection)
         connection.execute("BEGIN IMMEDIATE")
         for station in self.stations:
             new = (station, secrets.token_hex(4), 1, 0)
@@ -235,32 +225,12 @@ class Outbox:
         """Store a result; when this returns it is accepted and will not be lost. Raises OutboxError."""
         return self._awaited(self.submit(result), timeout_s)
 
-    def journal(self, station: str, trigger: Trigger) -> Future[Journalled]:
+    def journal(self, station: str, trigger: Trigger) -> Future[journal.Journalled]:
         """Write a trigger down before it is acted on, so that it gets a result whatever happens."""
-        interrupted = Result(
-            station=station,
-            trigger_id=trigger.trigger_id,
-            part_id=trigger.part_id,
-            product=trigger.product,
-            verdict=Verdict.UNDECIDED,
-            reason=Reason.INTERRUPTED,
-            state="aborted",
-            triggered_at=trigger.triggered_at,
-            decided_at=trigger.triggered_at,
-            expires_at=trigger.expires_at,
-        )
-        row = (station, trigger.trigger_id, interrupted.payload().decode())
+        record = journal.interrupted(station, trigger)
 
-        def apply(connection: sqlite3.Connection) -> Journalled:
-            added = connection.execute("INSERT OR IGNORE INTO triggers(station, trigger_id, body) VALUES(?, ?, ?)", row)
-            if added.rowcount:
-                return Journalled(new=True)
-            found = connection.execute(
-                "SELECT body FROM results WHERE (station, seq) ="
-                " (SELECT station, seq FROM triggers WHERE station = ? AND trigger_id = ?)",
-                row[:2],
-            ).fetchone()
-            return Journalled(new=False, result=found[0] if found else None)
+        def apply(connection: sqlite3.Connection) -> journal.Journalled:
+            return journal.journalled(connection, record, lambda result, key: self._insert(connection, result, key=key))
 
         return self._hand_in(apply)
 
@@ -402,7 +372,8 @@ class Outbox:
             with contextlib.suppress(sqlite3.OperationalError):
                 self._writer.execute("ROLLBACK")
 
-    def _insert(self, connection: sqlite3.Connection, result: Result) -> Result:
+    def _insert(self, connection: sqlite3.Connection, result: Result, *, key: str | None = None) -> Result:
+        """Number and store a result. `key`: of its trigger in the journal, where that is not its id."""
         row = connection.execute("SELECT stream, next FROM streams WHERE station = ?", (result.station,)).fetchone()
         if row is None:  # a station of an earlier configuration, finishing an interrupted trigger
             row = (secrets.token_hex(4), 1)
@@ -416,7 +387,7 @@ class Outbox:
         connection.execute("UPDATE streams SET next = ? WHERE station = ?", (seq + 1, result.station))
         connection.execute(
             "UPDATE triggers SET seq = ?, body = '' WHERE station = ? AND trigger_id = ?",
-            (seq, result.station, result.trigger_id),
+            (seq, result.station, key or result.trigger_id),
         )
         return stored
 

@@ -6,6 +6,7 @@ What must never be: a pass without a record, a trigger without a result, a verdi
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -25,8 +26,13 @@ from edge_inspector.trends import Trends
 
 log = logging.getLogger(__name__)
 
+_LATELY_S = 60.0
 UNJUDGED_TOLD = 5
 """Parts in a row that could not be judged although all was ready, at which health says so."""
+
+
+_NOT_ITS_OWN = (Reason.NOT_READY, Reason.INTERRUPTED, Reason.INVALID_TRIGGER)
+"""Reasons that say nothing about cameras and networks."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class RecordCounts:
 
 
 class Recorder:
-    """Tells and stores the outcomes of one station."""
+    """Tells and stores the outcomes of one station. Used by its thread and by the committer's."""
 
     def __init__(
         self,
@@ -65,7 +71,9 @@ class Recorder:
         self.counts = RecordCounts()
         self.configuration = setting.configuration
         self.trends = Trends(station, config.limits)
+        self._adding = threading.Lock()
         self._unjudged, self._unjudged_why = 0, ""
+        self._reused, self._reused_s, self._reused_last = 0, float("-inf"), ""
         self._station, self._setting, self._output = station, setting, setting.output
         self._simulated, self._held_up = simulated, held_up
 
@@ -101,15 +109,25 @@ class Recorder:
             recipe=recipe, configuration=self.configuration, findings=inspection.findings,
             times_ms=times if recipe is not None else Times(total=round(total_ms, 2)),
         )  # fmt: skip
-        if verdict is not Verdict.UNDECIDED:
-            self._unjudged = 0
-        elif reason not in (Reason.NOT_READY, Reason.INTERRUPTED):
-            self._unjudged, self._unjudged_why = self._unjudged + 1, f"{reason.value}: {detail}"
         if verdict is not Verdict.PASS:
             self._tell(result, trigger)
-        self.trends.add(inspection.verdict, inspection.findings)
+        with self._adding:
+            self._note_judged(verdict, reason, detail)
+            self.trends.add(inspection.verdict, inspection.findings)
         evidence = self._setting.evidence.offer(result, frames or {}, inspection.views)
         self._store(result if evidence is None else result.model_copy(update={"evidence": evidence}), trigger)
+
+    def _note_judged(self, verdict: Verdict, reason: Reason, detail: str) -> None:
+        if verdict is not Verdict.UNDECIDED:
+            self._unjudged = 0
+        elif reason not in _NOT_ITS_OWN:
+            self._unjudged, self._unjudged_why = self._unjudged + 1, f"{reason.value}: {detail}"
+
+    def reused(self, trigger: Trigger, result: Result) -> None:
+        """Tell what is stored already: the trigger has the id of another part (this is the committer's thread)."""
+        self._reused, self._reused_s, self._reused_last = self._reused + 1, time.monotonic(), trigger.trigger_id
+        self._tell(result, trigger)
+        self._count(result, trigger.received_s)
 
     def causes(self) -> list[Cause]:
         """What is wrong with what was found lately."""
@@ -117,6 +135,12 @@ class Recorder:
         if self._unjudged >= UNJUDGED_TOLD:
             text = f"the last {self._unjudged} parts could not be judged: {self._unjudged_why}"
             causes.append(Cause(code="nothing_judged", severity="failure", thing=self._station, text=text))
+        if time.monotonic() - self._reused_s < _LATELY_S:
+            text = (
+                f"{self._reused} parts since the start came with the trigger id of another part, the last one with "
+                f"{self._reused_last!r}: none was judged. A controller that starts again must not count from 1 again"
+            )
+            causes.append(Cause(code="trigger_id_reused", severity="off_spec", thing=self._station, text=text))
         return causes
 
     def _store(self, result: Result, trigger: Trigger) -> None:
@@ -138,6 +162,9 @@ class Recorder:
         result = future.result()
         if told is Verdict.PASS and time.monotonic() <= trigger.expires_s:
             self._tell(result, trigger)
+        self._count(result, decided_s)
+
+    def _count(self, result: Result, decided_s: float) -> None:
         counts = self.counts
         counts.passed += result.verdict is Verdict.PASS
         counts.failed += result.verdict is Verdict.FAIL

@@ -6,11 +6,12 @@ its OK, NotOK and NotDecidable.
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timezone
 from enum import Enum
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, PlainSerializer, WithJsonSchema
+from pydantic import AfterValidator, AwareDatetime, PlainSerializer, WithJsonSchema
 
 from edge_inspector.schema import Field, TolerantModel
 
@@ -44,6 +45,8 @@ class Reason(str, Enum):
     OVERLOAD = "overload"
     ENGINE_FAULT = "engine_fault"
     NOT_RECORDED = "not_recorded"
+    INVALID_TRIGGER = "invalid_trigger"
+    TRIGGER_ID_REUSED = "trigger_id_reused"
 
 
 def rfc3339(moment: datetime) -> str:
@@ -56,6 +59,25 @@ Moment = Annotated[
     PlainSerializer(rfc3339, return_type=str, when_used="json"),
     WithJsonSchema({"type": "string", "format": "date-time"}),
 ]
+
+
+_UNSCANNED = (r"\u0000-\u0003\u0005-\u001b\u007f-\u009f", r"\u2028-\u202e\u2066-\u2069")
+"""Characters that no scanner reads from a label: controls but for separators (GS1, ISO 15434), and what turns text around."""
+
+
+def _scanned(text: str) -> str:
+    found = re.search(f"[{''.join(_UNSCANNED)}]", text)
+    if found:
+        raise ValueError(f"the character U+{ord(found[0]):04X} is not taken: printable ones, blanks and GS1 separators are")
+    return text
+
+
+PartId = Annotated[
+    str,
+    Field(min_length=1, max_length=128, json_schema_extra={"pattern": f"^[^{''.join(_UNSCANNED)}]+$"}),
+    AfterValidator(_scanned),
+]
+"""What a scanner reads, as it is: blanks, any printable Unicode, U+001D between the fields of a GS1 code."""
 
 
 class Region(TolerantModel):

@@ -19,15 +19,17 @@ from edge_inspector.runtime import Engine, judge_sample
 class SelfTest:
     """When it is due, and how the last one ended. `order` from any thread, the rest from the station's."""
 
-    def __init__(self, station: str, config: SelfTestConfig) -> None:
-        """Not due before the networks are open, which takes one."""
+    def __init__(self, station: str, config: SelfTestConfig, doubt: str = "") -> None:
+        """Not due before the networks are open, which takes one. `doubt`: why the last one failed, before a restart."""
         self._station, self._config = station, config
         self._ordered = threading.Event()
         self._next_s = float("inf")
         self._left: deque[tuple[Engine, Sample]] = deque()
         self.at: datetime | None = None
-        self.fault = ""
+        self.fault = doubt
         """Why the last one failed."""
+        if doubt:
+            self._ordered.set()
 
     def order(self) -> None:
         """Run one between two parts."""
@@ -36,7 +38,12 @@ class SelfTest:
     @property
     def blocks(self) -> bool:
         """Whether no part may be judged, since samples are not judged as they must be."""
-        return bool(self.fault) and self._config.required
+        return self._config.required and (bool(self.fault) or self.at is None)
+
+    @property
+    def hindrance(self) -> str:
+        """Why no part may be judged; empty where one may."""
+        return f"self-test: {self.fault or 'its samples are not judged yet'}" if self.blocks else ""
 
     def begin(self) -> None:
         """Other networks judge from now on, opened with their samples judged. What was in doubt stays so until it is tested."""

@@ -12,6 +12,7 @@ from edge_inspector.metrics import Metrics
 from edge_inspector.outbox import Outbox
 from edge_inspector.outputs import Outputs
 from edge_inspector.results import ConfigurationRef
+from edge_inspector.standing import Orders
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Setting:
     watch: Callable[[str], Callable[[], None]]
     """Loop name -> its tick."""
     forget: Callable[[str], None]
+    orders: Orders
+    """What people ordered of its stations; it was read before any of them begins."""
+    hindrance: Callable[[], str] = lambda: ""
+    """Why the device cannot let this station judge a part now; empty: it can. Asked for each part: it must not wait."""
     output: Outputs | None = None
     """Its wires to the line."""
     metrics: Metrics | None = None

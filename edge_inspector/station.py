@@ -9,27 +9,29 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from types import TracebackType
 
 from edge_inspector.cameras import Camera, CameraState
 from edge_inspector.config import StationConfig
 from edge_inspector.errors import CameraEnded, EngineLost, InspectorError
 from edge_inspector.frames import Coming, Frame, Trigger, utc_now
+from edge_inspector.imaging import Imaging
 from edge_inspector.inspector import Inspection, Inspectors
 from edge_inspector.matching import Matcher, Part
-from edge_inspector.messages import Cause, EngineState, Ready
-from edge_inspector.recipes import Recipe
+from edge_inspector.messages import Cause, EngineState
+from edge_inspector.readiness import Readiness
 from edge_inspector.recorder import RecordCounts, Recorder, Voice
-from edge_inspector.results import Reason, Verdict
+from edge_inspector.results import Reason, Result, Verdict
 from edge_inspector.selftest import SelfTest
 from edge_inspector.setting import Setting
 from edge_inspector.shadow import Shadow
+from edge_inspector.standing import DOUBT
 from edge_inspector.threads import Thread
 from edge_inspector.trends import Trends
 
@@ -65,22 +67,21 @@ class Station:
         """Whether its thread did not end when it was left."""
         self.coming = Coming()
         """Triggers received for it and not offered yet."""
-        self.cameras: dict[str, Camera] = {}
+        self._imaging = Imaging(config, self._next_trigger_s, self._goes_on)
+        self.cameras = self._imaging.cameras
         self._triggers: queue.Queue[Trigger] = queue.Queue(QUEUE)
         self._matcher = Matcher.of(config) if config.trigger == "hardware" else None
-        self._self_test = SelfTest(name, config.self_test)
+        self._orders = setting.orders
+        self._self_test = SelfTest(name, config.self_test, self._orders.of(name).doubt)
+        self._readiness = Readiness(name, config, setting, self.cameras, self._self_test)
         self._wake = threading.Event()
         self._wanted: Inspectors | None = None
-        self._ordered: str | None = None
-        self._state, self._why = "preoperational", "starting"
-        self._halted = False
-        self._building_told_s, self._is_building = 0.0, False
-        self._told_fault = ""
-        self._carried: Frame | None = None
+        self._building_told_s = 0.0
+        self._telling = threading.Lock()
         self._tick: Callable[[], None] = lambda: None
         self._free_ids = count(1)
         self._closing = threading.Event()
-        self._recorder = Recorder(name, config, setting, simulated=lambda: self._simulated, held_up=self._held_up)
+        self._recorder = Recorder(name, config, setting, simulated=lambda: self._imaging.simulated, held_up=self._held_up)
         self._stack = ExitStack()
         self._thread = Thread(target=self._run, name=f"station-{name}", daemon=True)
 
@@ -139,7 +140,7 @@ class Station:
     @property
     def is_settled(self) -> bool:
         """Whether it judges with what it was given last."""
-        return self._wanted is None and (self.inspectors is not None or self._state == "error")
+        return self._wanted is None and (self.inspectors is not None or self._readiness.state == "error")
 
     @property
     def engines(self) -> dict[str, EngineState]:
@@ -150,61 +151,55 @@ class Station:
 
     def offer(self, trigger: Trigger) -> None:
         """Take a journalled trigger; never blocks."""
+        if trigger.fault:
+            self._undecided(trigger, Reason.INVALID_TRIGGER, trigger.fault)
+        elif self.config.trigger == "free" or (self._matcher is not None and not self._matcher.announced):
+            self._undecided(trigger, Reason.NOT_READY, "parts of this station are not told of: it finds them itself")
+        elif self._readiness.is_building:  # for minutes: longer than any trigger is worth something
+            self._undecided(trigger, Reason.NOT_READY, self.hindrance)
+        else:
+            self._queue(trigger)
+
+    def _queue(self, trigger: Trigger) -> None:
         try:
-            if self.config.trigger == "free" or (self._matcher is not None and not self._matcher.announced):
-                why = "parts of this station are not told of: it finds them itself"
-                self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, why))
-                return
-            if self._is_building:  # for minutes: longer than any trigger is worth something
-                self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, self._why))
-                return
             self._triggers.put_nowait(trigger)
             self._wake.set()
         except queue.Full:
-            self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.OVERLOAD, f"{QUEUE} triggers wait already"))
+            self._undecided(trigger, Reason.OVERLOAD, f"{QUEUE} triggers wait already")
+
+    def reused(self, trigger: Trigger, result: Result) -> None:
+        """A trigger came whose id is another part's: its record is stored already, its verdict is told here. Never blocks."""
+        self._recorder.reused(trigger, result)
 
     def command(self, name: str, product: str | None) -> None:
-        """`select-product`, `halt`, `start` or `self-test`. Raises InspectorError."""
+        """`select-product`, `halt`, `start` or `self-test`; when this returns it outlives a restart. Raises InspectorError."""
         if name == "halt":
-            self._halted = True
+            self._orders.insist(self.name, halted=True)
         elif name == "start":
-            self._halted = False
+            self._orders.change(self.name, halted=False)
         elif name == "self-test":
             if self.inspectors is None:
-                raise InspectorError(f"station {self.name}: its networks are not open: {self._why}")
+                raise InspectorError(f"station {self.name}: its networks are not open: {self._readiness.why}")
             self._self_test.order()
         elif name == "select-product":
             if product not in self.config.products:
                 raise InspectorError(
                     f"station {self.name}: no product {product!r}", hint=f"allowed: {', '.join(self.config.products)}"
                 )
-            self._ordered = product
+            self._orders.change(self.name, product=product, lost="")
         else:
             raise InspectorError(f"no command {name!r}", hint="allowed: select-product, halt, start, self-test")
         log.info("station %s: %s %s by command", self.name, name, product or "")
         self._tell_ready()
 
     @property
-    def orders(self) -> tuple[bool, str | None, str]:
-        """What commands have set: halted, product; and why its networks are in doubt. It outlives a reload, not a restart."""
-        return self._halted, self._ordered, self._self_test.fault
-
-    def resume(self, halted: bool, product: str | None, doubt: str) -> None:
-        """Take over what was so before a reload."""
-        self._halted, self._ordered, self._self_test.fault = halted, product, doubt
-        if doubt:
-            self._self_test.order()
-        self._tell_ready()
-
-    @property
-    def _product(self) -> str | None:
-        return self._ordered if self._ordered in self.config.products else self.config.product
+    def hindrance(self) -> str:
+        """Why a part that comes now would not be judged; empty: it would be."""
+        return self._readiness.hindrance
 
     def causes(self) -> list[Cause]:
         """What is wrong here."""
-        causes = []
-        if self._state == "error":
-            causes.append(Cause(code="not_ready", severity="failure", thing=self.name, text=self._why))
+        causes = self._readiness.causes()
         for bundle, engine in self.engines.items():
             if engine.instead:
                 text = f"runs on {engine.runtime}: {engine.instead}"
@@ -213,13 +208,14 @@ class Station:
             if camera.state is CameraState.FAULT:
                 thing = f"{self.name}/{name}"
                 causes.append(Cause(code="camera_fault", severity="failure", thing=thing, text=camera.fault))
+            if camera.frozen:
+                thing = f"{self.name}/{name}"
+                causes.append(Cause(code="camera_frozen", severity="failure", thing=thing, text=camera.frozen))
         causes += [*self._recorder.causes(), *self._self_test.causes()]
         if self._matcher is not None:
             causes += self._matcher.causes(self.name, time.monotonic())
         if self.setting.output is not None:
             causes += self.setting.output.causes()
-        if self._halted:
-            causes.append(Cause(code="halted", severity="check_function", thing=self.name, text="halted by command"))
         return causes
 
     # --- the thread
@@ -228,32 +224,36 @@ class Station:
         try:
             self._prepare()
             self._tick = self.setting.watch(self._thread.name)
-            while not self._closing.is_set():
-                self._tick()
+            while self._goes_on():
                 self._between_parts()
                 if self._matcher is not None:
                     self._matched_parts(self._matcher)
-                elif self.config.trigger == "free" and self._judges:
+                elif self.config.trigger == "free" and not self._readiness.standstill:
                     self._free_part()
                 else:
                     self._triggered_part()
             if self._matcher is not None and not self._matcher.announced:  # the others are in the journal
                 for part in self._matcher.due(float("inf"), float("inf")):
                     trigger = self._free_trigger(next(iter(part.frames.values()), None))
-                    self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.INTERRUPTED, "the station was stopped"))
+                    self._undecided(trigger, Reason.INTERRUPTED, "the station was stopped")
         except Exception as error:
             log.exception("station %s ended", self.name)
             self.failure = error
         if isinstance(self.failure, EngineLost):  # PyCUDA aborts the process when a thread ends whose context it could not pop
             threading.Event().wait(_PARKED_S)
 
+    def _goes_on(self) -> bool:
+        """Tell the watchdog, and whether parts are judged where that has changed; False: the station ends."""
+        self._tick()
+        if not self._readiness.is_told:
+            self._tell_ready()
+        return not self._closing.is_set()
+
     def _between_parts(self) -> None:
         if self._wanted is not None:
             self._swapped(self._wanted)
         if self.inspectors is not None and self._self_test.step(self.inspectors.engines):
             self._tested()
-        if self._camera_fault() != self._told_fault:
-            self._tell_ready()
 
     def _prepare(self) -> None:
         """Open and warm every engine and judge its samples; a bundle that fails leaves the station not ready."""
@@ -265,7 +265,7 @@ class Station:
             log.error("station %s is not ready: %s", self.name, error)
             self._become("error", error.message)
         finally:
-            self._is_building = False
+            self._readiness.is_building = False
 
     def _swapped(self, inspectors: Inspectors) -> None:
         """Between two parts: judge with these from now on."""
@@ -274,44 +274,37 @@ class Station:
         if self._wanted is inspectors:
             self._wanted = None
         self._self_test.begin()
-        self._tested()
+        self._become("ready" if self.config.trigger == "software" else "continuous_execution")
 
     def _tested(self) -> None:
-        """While samples fail no part is judged, if that is required."""
-        if self._self_test.blocks:
-            self._become("error", f"self-test: {self._self_test.fault}")
-        else:
-            self._become("ready" if self.config.trigger == "software" else "continuous_execution")
+        """Samples that failed stay in doubt until they are right, also through a restart."""
+        doubt = self._self_test.fault[:DOUBT]
+        if doubt != self._orders.of(self.name).doubt:
+            try:
+                self._orders.insist(self.name, doubt=doubt)
+            except InspectorError as error:
+                log.error("station %s: %s", self.name, error)
+        self._tell_ready()
 
     def _building(self, bundle: str, phase: str, step: int, steps: int) -> None:
         """Tell how far the engine of a bundle is, once a second. Raises InspectorError, which ends the build, at the end."""
         if self._closing.is_set():
             raise InspectorError("stopped while an engine was built", hint="the next start builds it")
-        self._is_building = True
+        self._readiness.is_building = True
         if time.monotonic() - self._building_told_s > _BUILDING_EVERY_S:
             self._building_told_s = time.monotonic()
             self._become("preoperational", f"building the engine of bundle {bundle}: {phase}, {step} of {steps}")
 
     def _become(self, state: str, why: str = "") -> None:
-        self._state, self._why = state, why
+        self._readiness.become(state, why)
         self._tell_ready()
 
-    def _tell_ready(self, *, busy: bool = False) -> None:
-        if self.voice is None:
-            return
-        recipe = self.config.products.get(self._product) if self._product else None
-        state = "halted" if self._halted else "single_execution" if busy else self._state
-        why = "halted by command" if self._halted else self._why or self._camera_fault()
-        self._told_fault = self._camera_fault()
-        ready = Ready.model_validate({
-            "schema": "ei.ready.v1", "station": self.name, "state": state, "busy": busy,
-            "ready": state in ("ready", "continuous_execution") and not why, "product": self._product, "recipe": recipe,
-            "reason": why, "session": self.setting.session, "tested_at": self._self_test.at,
-        })  # fmt: skip
-        self.voice.retain(ready, "ready", self.name)
-
-    def _camera_fault(self) -> str:
-        return next((f"camera {n}: {c.fault}" for n, c in self.cameras.items() if c.state is CameraState.FAULT), "")
+    def _tell_ready(self, *, busy: bool | None = None) -> None:
+        """Any thread may tell: who tells last has looked last."""
+        with self._telling:
+            ready = self._readiness.ready(busy=busy)
+            if self.voice is not None:
+                self.voice.retain(ready, "ready", self.name)
 
     def announce(self) -> None:
         """Tell whether the station is ready; the daemon calls it once `voice` is set."""
@@ -324,29 +317,20 @@ class Station:
             trigger = self._triggers.get(timeout=_WAIT_S)
         except queue.Empty:
             return
-        if self._judges:
-            self._inspect(trigger, None)
+        if why := self._readiness.standstill:
+            self._undecided(trigger, Reason.NOT_READY, why)
         else:
-            self._not_ready(trigger)
+            self._inspect(trigger, None)
 
-    def _not_ready(self, trigger: Trigger) -> None:
-        why = "halted by command" if self._halted else self._why or self._self_test.fault
-        self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.NOT_READY, why))
-
-    @property
-    def _judges(self) -> bool:
-        return not self._halted and self._state != "error" and not self._self_test.blocks
-
-    @property
-    def operational(self) -> bool:
-        """Whether parts that come now are judged; what the heartbeat tells."""
-        return self._judges and self._state != "preoperational" and not self._camera_fault()
+    def _undecided(self, trigger: Trigger, reason: Reason, why: str) -> None:
+        """The result of a part that is not inspected."""
+        self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, reason, why))
 
     def _free_part(self) -> None:
         name, camera = next(iter(self.cameras.items()))
         try:
-            frame = self._carried or camera.next(_WAIT_S)
-            self._carried = None
+            frame = self._imaging.carried or camera.next(_WAIT_S)
+            self._imaging.carried = None
         except CameraEnded:
             self.ended.set()
             self._closing.wait(_WAIT_S)
@@ -355,7 +339,7 @@ class Station:
             return
         for _ in range(min(frame.lost, LOST_TOLD)):
             detail = f"{frame.lost} frame(s) lost before {frame.source_id or frame.seq}"
-            self._recorder.finish(self._free_trigger(None), Inspection(Verdict.UNDECIDED, Reason.OVERLOAD, detail))
+            self._undecided(self._free_trigger(None), Reason.OVERLOAD, detail)
         self._inspect(self._free_trigger(frame), {name: [frame]})
 
     def _matched_parts(self, matcher: Matcher) -> None:
@@ -381,52 +365,53 @@ class Station:
         trigger = part.trigger or self._free_trigger(first)
         if first is not None:  # the sensor says when the part was there, its announcement about when
             trigger = replace(trigger, received_s=first.captured_s)
-        if not self._judges:
-            self._not_ready(trigger)
+        if why := self._readiness.standstill:
+            self._undecided(trigger, Reason.NOT_READY, why)
         elif part.doubt:
-            self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.MISSING_IMAGE, part.doubt))
+            self._undecided(trigger, Reason.MISSING_IMAGE, part.doubt)
         elif not part.frames and part.trigger is None:
-            self._recorder.finish(
-                trigger, Inspection(Verdict.UNDECIDED, Reason.OVERLOAD, "an image of every camera was lost on its way")
-            )
+            self._undecided(trigger, Reason.OVERLOAD, "an image of every camera was lost on its way")
         else:
             self._inspect(trigger, {name: [frame] for name, frame in part.frames.items()})
 
     def _free_trigger(self, frame: Frame | None) -> Trigger:
         now_s, now = (frame.captured_s, frame.captured_at) if frame else (time.monotonic(), utc_now())
         # Waiting in our own queue is no lateness of the part: a recording is read ahead of its turn.
-        if frame is not None and self._reads_ahead():
+        if frame is not None and self._imaging.reads_ahead:
             now_s, now = time.monotonic(), utc_now()
         left_s = self.expires_ms / 1000
         return Trigger(
             f"{self.config.trigger}-{self.setting.session}-{next(self._free_ids)}", now_s, now, now_s + left_s,
-            now + timedelta(seconds=left_s), (frame.source_id if frame else "") or None, self._product,
+            now + timedelta(seconds=left_s), (frame.source_id if frame else "") or None, self._readiness.product,
         )  # fmt: skip
 
     def _has_time(self) -> bool:
         """Whether nothing waits behind the part at hand."""
-        return self._triggers.empty() and (self._reads_ahead() or not any(c.waiting for c in self.cameras.values()))
+        return self._triggers.empty() and (self._imaging.reads_ahead or not self._imaging.waiting)
 
-    def _reads_ahead(self) -> bool:
-        info = next(iter(self.cameras.values())).info
-        return info is not None and info.pulled
+    def _next_trigger_s(self) -> float:
+        with self._triggers.mutex:
+            return next((trigger.received_s for trigger in islice(self._triggers.queue, 1)), float("inf"))
 
     def _inspect(self, trigger: Trigger, frames: dict[str, list[Frame]] | None) -> None:
-        product = trigger.product or self._product
+        product = trigger.product or self._readiness.product
         recipe_id = self.config.products.get(product) if product else None
         if recipe_id is None:
             detail = f"product {product!r}; known here: {', '.join(self.config.products)}"
-            self._recorder.finish(trigger, Inspection(Verdict.UNDECIDED, Reason.UNKNOWN_PRODUCT, detail))
+            self._undecided(trigger, Reason.UNKNOWN_PRODUCT, detail)
             return
         assert self.inspectors is not None
         inspector, reference = self.inspectors.by_recipe[recipe_id]
         trigger = replace(trigger, product=product)
         began = time.perf_counter()
+        if frames is None and (lost := self._lost_camera(inspector.recipe.cameras)):
+            self._undecided(trigger, Reason.MISSING_IMAGE, lost)
+            return
         if frames is None:
             self._tell_ready(busy=True)
-            frames = self._triggered_frames(trigger, inspector.recipe)
+            frames = self._imaging.triggered(trigger, inspector.recipe)
         elif self.config.trigger == "free":
-            self._more_frames(trigger, inspector.recipe, frames)
+            self._imaging.complete(trigger, inspector.recipe, frames)
         captured_ms = (time.perf_counter() - began) * 1e3
         inspection = inspector.inspect(frames)
         self._recorder.finish(trigger, inspection, reference, frames, captured_ms)
@@ -435,62 +420,19 @@ class Station:
         if self.shadow is not None and self._has_time():
             self.shadow.judge(trigger, recipe_id, frames, inspection)
         if self.config.trigger == "software":
-            self._tell_ready()
+            self._tell_ready(busy=False)
 
-    def _triggered_frames(self, trigger: Trigger, recipe: Recipe) -> dict[str, list[Frame]]:
-        """Fire all cameras of the recipe together, once for each frame that its decision needs, while the part is in view."""
-        frames: dict[str, list[Frame]] = {name: [] for name in recipe.cameras}
-        since_s = trigger.received_s
-        for _ in range(recipe.decision.frames):
-            if self._left_s(trigger) <= time.monotonic() and not self._simulated:
-                return frames
-            for name in recipe.cameras:
-                self.cameras[name].trigger(since_s)
-            for name, got in frames.items():
-                frame = self._awaited(name, trigger)
-                if frame is None or (frame.captured_s >= self._left_s(trigger) and not self._simulated):
-                    return frames
-                got.append(frame)
-            since_s = time.monotonic()
-        return frames
-
-    def _left_s(self, trigger: Trigger) -> float:
-        """When the part was, or will be, out of view: when the next one was triggered, and by what the configuration says."""
-        with self._triggers.mutex:
-            after = self._triggers.queue[0].received_s if self._triggers.queue else float("inf")
-        in_view_ms = self.config.in_view_ms
-        return min(after, trigger.received_s + in_view_ms / 1e3 if in_view_ms is not None else trigger.expires_s)
-
-    @property
-    def _simulated(self) -> bool:
-        """Recordings wait for their triggers."""
-        return any(camera.info is not None and camera.info.simulated for camera in self.cameras.values())
-
-    def _more_frames(self, trigger: Trigger, recipe: Recipe, frames: dict[str, list[Frame]]) -> None:
-        for name, got in frames.items():
-            while len(got) < recipe.decision.frames and (frame := self._awaited(name, trigger)) is not None:
-                if frame.lost:  # it may show another part: this one stays short of frames, the next begins with it
-                    self._carried = frame
-                    return
-                got.append(frame)
-
-    def _awaited(self, name: str, trigger: Trigger) -> Frame | None:
-        patience_s = min(trigger.expires_s - time.monotonic(), self.config.cameras[name].timeout_ms / 1000)
-        end = time.monotonic() + patience_s
-        try:
-            while (left := end - time.monotonic()) > 0 and not self._closing.is_set():
-                self._tick()  # a camera may be given a minute, the watchdog gives seconds
-                frame = self.cameras[name].next(min(left, _WAIT_S))
-                if frame is not None:
-                    return frame
-        except CameraEnded:
-            return None
-        return None
+    def _lost_camera(self, names: Iterable[str]) -> str:
+        """Which of these cameras gives no image, and why."""
+        for name in names:
+            if self.cameras[name].state is CameraState.FAULT:
+                return f"no image of camera {name}: {self.cameras[name].fault}"
+        return ""
 
     def _held_up(self) -> bool:
         """The outbox is full: wait a little, in this station's own thread; False where that is over or would block others."""
         if self._closing.is_set() or threading.current_thread() is not self._thread:
             return False
-        self._tick()
+        self._goes_on()
         self._closing.wait(_WAIT_S)
         return True

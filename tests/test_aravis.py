@@ -155,7 +155,7 @@ def test_a_camera_that_dies_is_noticed_and_taken_back(simulator: Simulator) -> N
         before = taken(source, 3)
         simulator.stop()
         until(lambda: source.state is CameraState.FAULT, 10, "fault")
-        assert "silent for 1." in source.fault or "cannot be opened" in source.fault
+        assert "silent for " in source.fault or "cannot be opened" in source.fault
         simulator.start()
         end = time.monotonic() + 20
         after = None

@@ -159,7 +159,7 @@ def test_a_hanging_camera_does_not_slow_another_nor_the_end() -> None:
     assert max(b - a for a, b in zip(times[5:], times[6:], strict=False)) < 1.0
 
 
-def test_dark_frozen_and_misshapen_frames_are_found() -> None:
+def test_dark_and_frozen_frames_are_found() -> None:
     for fault, guards, reason in (
         ("dark", {"dark_below": 20}, "dark_image"), ("freeze", {"frozen_frames": 2}, "frozen_image"),
     ):  # fmt: skip
@@ -297,6 +297,16 @@ def test_an_http_camera_delivers_every_picture_whole(mjpeg_port: int, path: str)
         assert (source.info.width, source.info.height) == (128, 96)
     whole = pictures.decode(pictures.encoded(draw_part(np.random.default_rng(0), 96, 128, False), ".jpg"), "x")
     assert all(np.array_equal(frame.image, whole) for frame in frames)
+
+
+def test_an_http_camera_that_sends_its_last_picture_again_and_again_is_told_as_frozen(mjpeg_port: int) -> None:
+    with camera(f"http://127.0.0.1:{mjpeg_port}/sized", timeout_ms=3000) as source:
+        frames = taken(source, 14, 30)
+        assert [frame.fault for frame in frames] == [""] * 9 + ["frozen_image"] * 5
+        assert "identical frames in a row" in source.frozen
+        assert source.hindrance == source.frozen
+    with camera(f"http://127.0.0.1:{mjpeg_port}/sized", timeout_ms=3000, guards={"frozen_frames": 0}) as unguarded:
+        assert {frame.fault for frame in taken(unguarded, 14, 30)} == {""}
 
 
 def test_a_truncated_picture_of_an_http_camera_is_a_broken_frame_and_never_a_concealed_one(mjpeg_port: int) -> None:

@@ -130,7 +130,9 @@ def test_garbage_on_every_subscribed_topic_changes_nothing(tmp_path: Path, mosqu
         assert daemon.process is not None and daemon.process.poll() is None
         # "kept" reaches a subscriber that was there already without its retain flag: it is an ordinary trigger.
         until(lambda: "after" in {r["trigger_id"] for r in listener.of("result", "sheet")}, what="the good one")
-        assert {r["trigger_id"] for r in results} <= {"kept", "after", "a"}
+        assert {r["trigger_id"] for r in results} <= {"kept", "after", "a", "b"}
+        refused = until(lambda: [v for v in listener.of("verdict", "sheet") if v["trigger_id"] == "b"], what="an answer")
+        assert refused[0]["reason"] == "invalid_trigger", "whose id can be read is answered"
         assert "Traceback" not in daemon.log
     assert any(alert["code"] == "bad_message" for alert in listener.of("alert"))
 
@@ -245,20 +247,6 @@ def test_results_of_a_station_that_is_gone_are_still_sent(tmp_path: Path, mosqui
         with subscribing(mosquitto.port) as subscriber:
             daemon.start()
             assert {r.station for r in collected(subscriber, 10)} == {"sheet"}
-
-
-def test_a_halt_outlives_a_reload(tmp_path: Path, mosquitto: Mosquitto) -> None:
-    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
-    with listening(mosquitto.port) as listener, DaemonProcess(folder) as daemon:
-        ready(listener)
-        listener.say({"request_id": "1", "client": "hmi", "station": "sheet"}, "command", "halt")
-        until(lambda: listener.of("ready", "sheet")[-1]["state"] == "halted", what="halted")
-        (folder / "line.yaml").write_text(line_yaml().replace("version: 3", "version: 4"))
-        assert daemon.process is not None
-        daemon.process.send_signal(signal.SIGHUP)
-        until(lambda: any(s.get("configuration_version") == 4 for s in listener.of("state")), what="version 4")
-        time.sleep(1.0)
-        assert listener.of("ready", "sheet")[-1]["state"] == "halted"
 
 
 def test_two_stations_run_in_one_process_and_one_bad_camera_does_not_stop_the_other(

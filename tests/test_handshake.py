@@ -15,7 +15,7 @@ from edge_inspector.handshake import Handshake
 from edge_inspector.messages import VerdictMessage
 from edge_inspector.mqtt import Connection
 from edge_inspector.outbox import Outbox
-from edge_inspector.results import Reason, Verdict
+from edge_inspector.results import Reason, Result, Verdict
 from tests.faults.proxy import Proxy
 from tests.line import TOPICS, DaemonProcess, Mosquitto, device_folder, line_yaml, listening, until
 from tests.test_broker import result
@@ -37,6 +37,9 @@ class _Answering:
             station="sheet", trigger_id=trigger.trigger_id, verdict=Verdict.FAIL, reason=Reason.ABOVE_THRESHOLD, expires_at=at
         )
         assert self.handshake.verdict(failed)
+
+    def reused(self, trigger: Trigger, result: Result) -> None:
+        raise AssertionError(trigger)
 
     def command(self, name: str, product: str | None) -> None:
         raise AssertionError(name)

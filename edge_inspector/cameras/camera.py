@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import random
 import statistics
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from edge_inspector.cameras.source import Info, Source
 from edge_inspector.config import STREAMS, CameraConfig, Guards
 from edge_inspector.errors import CameraEnded, CameraError
-from edge_inspector.frames import Frame
+from edge_inspector.frames import Frame, Pixels
 from edge_inspector.results import Reason
 from edge_inspector.threads import Thread
 
@@ -37,7 +37,17 @@ _DRIFT_S = 0.01
 _STREAM_LATENCY_S = 0.3
 """Encoding and buffers of network cameras; config's latency_ms is the measured one."""
 _GRID = 16
-"""Guards look at every 16th row and column."""
+"""The guard against darkness looks at every 16th row and column."""
+_MEMCMP = ctypes.CDLL(None).memcmp
+_MEMCMP.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_FROZEN_FRAMES = 10
+"""Equal frames in a row that no working sensor gives: its noise differs."""
+_STILL_S, _STILL_KEYS, _STILL_UNKNOWN_S = 10.0, 2, 60.0
+"""A stream that is equal for so long, over so many key frames, is frozen; one whose key frames are not known, for longer."""
+_BLACK = {1: 5, 2: 20}
+"""By bytes of a pixel: at most this is black."""
+_WHITE = 250
+"""Of 8 bit, at least this is saturated."""
 
 
 class CameraState(str, Enum):
@@ -63,14 +73,16 @@ class CameraCounts:
 
 
 class _Guard:
-    """Finds frames that came but must not be judged: dark, frozen, of another format."""
+    """Finds frames that came but must not be judged: dark, frozen, of another format. It remembers across reopenings."""
 
-    def __init__(self, guards: Guards, info: Info) -> None:
-        self.guards, self.info = guards, info
-        self._last, self._same = 0, 0
+    def __init__(self, guards: Guards) -> None:
+        self.guards = guards
+        self._last: Pixels | None = None
+        self._same, self._keys, self._since_s = 0, 0, 0.0
 
-    def fault(self, frame: Frame) -> tuple[Reason, str] | None:
-        image, info = frame.image, self.info
+    def fault(self, frame: Frame, info: Info) -> tuple[Reason, str] | None:
+        """What is wrong with a frame; each is to be shown once, in order."""
+        image = frame.image
         found = (image.shape[1], image.shape[0], 1 if image.ndim == 2 else 3, image.dtype.itemsize * 8)
         wanted = (info.width, info.height, info.channels, info.depth_bits)
         if not info.simulated and found != wanted:
@@ -78,13 +90,46 @@ class _Guard:
         grid = image[::_GRID, ::_GRID]
         if self.guards.dark_below and (mean := float(grid.mean())) < self.guards.dark_below:
             return Reason.DARK_IMAGE, f"mean intensity {mean:.1f}, at least {self.guards.dark_below:g} expected"
-        if self.guards.frozen_frames:
-            crc = zlib.crc32(image[::_GRID].tobytes())
-            self._same = self._same + 1 if crc == self._last else 0
-            self._last = crc
-            if self._same >= self.guards.frozen_frames:
-                return Reason.FROZEN_IMAGE, f"{self._same + 1} identical frames in a row"
+        if self._is_frozen(frame, info):
+            return Reason.FROZEN_IMAGE, f"{self._same + 1} identical frames in a row"
         return None
+
+    def _is_frozen(self, frame: Frame, info: Info) -> bool:
+        most = self.guards.frozen_frames
+        if most == 0 or (most is None and (info.simulated or info.coding == "recorded")):
+            return False
+        last, self._last = self._last, frame.image
+        if last is None or not _are_equal(last, frame.image):
+            self._same, self._keys, self._since_s = 0, 0, frame.captured_s
+            return False
+        self._same += 1
+        self._keys += bool(frame.key)
+        if most is not None:
+            return self._same >= most
+        if self._same + 1 < _FROZEN_FRAMES or _says_nothing(frame.image):
+            return False
+        return info.coding == "single" or self._is_still(frame)
+
+    def _is_still(self, frame: Frame) -> bool:
+        """Of a stream, where a scene without noise gives equal frames between two key frames."""
+        for_s = frame.captured_s - self._since_s
+        if frame.key is None:
+            return for_s >= _STILL_UNKNOWN_S
+        return for_s >= _STILL_S and self._keys >= _STILL_KEYS
+
+
+def _are_equal(one: Pixels, other: Pixels) -> bool:
+    """Byte for byte. Frames are contiguous; of different ones few bytes are looked at."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return one is other or not _MEMCMP(one.ctypes.data, other.ctypes.data, one.nbytes)
+
+
+def _says_nothing(image: Pixels) -> bool:
+    """Whether a frame is black or saturated all over: of such a working sensor may give the same for ever."""
+    least, most = int(image.min()), int(image.max())
+    is_white = least >= _WHITE if image.itemsize == 1 else least == most
+    return is_white or most <= _BLACK[image.itemsize]
 
 
 class Camera:
@@ -106,6 +151,9 @@ class Camera:
         self.name, self.config, self._make, self.on_demand = name, config, make, on_demand
         self._on_frame = on_frame
         self.state, self.fault, self.hint = CameraState.CONNECTING, "", ""
+        self.frozen = ""
+        """Why its frames are taken for the same one again and again; empty where they are not."""
+        self._guard = _Guard(config.guards)
         self.info: Info | None = None
         self.has_delivered = False
         """Whether a frame has come since it was opened."""
@@ -170,6 +218,17 @@ class Camera:
                 self._changed.wait(min(left, _WAIT_S))
 
     @property
+    def hindrance(self) -> str:
+        """Why it gives no image now that can be judged; empty where it does, and where only a part's own image can show it."""
+        if self.state is CameraState.CONNECTING:
+            return "connecting"
+        if self.state is CameraState.FAULT:
+            return self.fault
+        info = self.info
+        waits = info is not None and (info.waits or (info.triggerable and self.on_demand))
+        return "" if waits else self.frozen
+
+    @property
     def waiting(self) -> int:
         """Frames that nobody has taken yet."""
         return len(self._frames)
@@ -231,28 +290,45 @@ class Camera:
             self._changed.notify_all()
 
     def _supervise(self, source: Source) -> None:
+        """Open it and take its images. It is in fault, or connecting, until the first one has come."""
         info = source.open()
         self.info, self.has_delivered = info, False
-        guard = _Guard(self.config.guards, info)
-        self._become(CameraState.STREAMING)
         if info.triggerable and self.on_demand:
-            self._ask(source, guard, info)
+            if self.state is CameraState.FAULT and not info.simulated:
+                self._probe(source)
+            self._works()
+            self._ask(source, info)
         else:
-            self._flow(source, guard, info)
+            if info.waits:  # a line that stands still gives none
+                self._works()
+            self._flow(source, info)
 
-    def _flow(self, source: Source, guard: _Guard, info: Info) -> None:
+    def _works(self) -> None:
+        """Whatever was wrong is over."""
+        if self.state is not CameraState.STREAMING:
+            self._become(CameraState.STREAMING)
+
+    def _probe(self, source: Source) -> None:
+        """Ask a camera that was in fault for an image that is no part's, before anybody relies on it. Raises CameraError."""
+        asked_s = time.monotonic()
+        source.trigger()
+        while not self._closing.is_set() and source.read(_ASKED_WAIT_S) is None:
+            if not self._patient(asked_s):
+                raise self._silent()
+
+    def _flow(self, source: Source, info: Info) -> None:
         """Frames as they come. Raises CameraError when none does."""
         heard_s = time.monotonic()
         while not self._closing.is_set():
             frame = source.read(_WAIT_S)
             if frame is not None:
-                self._deliver(frame, guard, info)
+                self._deliver(frame, info)
             elif not info.waits and not self._patient(heard_s):
-                raise self._silent(heard_s)
+                raise self._silent()
             if frame is not None or info.waits:  # a line may stand still; a source that hangs says so itself
                 heard_s = time.monotonic()
 
-    def _ask(self, source: Source, guard: _Guard, info: Info) -> None:
+    def _ask(self, source: Source, info: Info) -> None:
         """One image for each trigger. Raises CameraError when two in a row do not come: one is its part's trouble."""
         heard_s, missing = time.monotonic(), False
         while not self._closing.is_set():
@@ -264,13 +340,13 @@ class Camera:
             frame = source.read(_ASKED_WAIT_S)
             if frame is not None and self._is_fresh(frame):
                 self._answered()
-                self._deliver(frame, guard, info)
+                self._deliver(frame, info)
                 heard_s, missing = time.monotonic(), False
             elif frame is not None:
                 self.counts.skipped += 1
             elif not self._patient(heard_s):
                 if missing:
-                    raise self._silent(heard_s)
+                    raise self._silent()
                 self._answered()
                 self.counts.missing += 1
                 heard_s, missing = time.monotonic(), True
@@ -278,9 +354,9 @@ class Camera:
     def _patient(self, heard_s: float) -> bool:
         return time.monotonic() - heard_s <= self.config.timeout_ms / 1000
 
-    def _silent(self, heard_s: float) -> CameraError:
+    def _silent(self) -> CameraError:
         return CameraError(
-            f"{self.config.name}: silent for {time.monotonic() - heard_s:.1f} s", hint="cable, power, or a busy network"
+            f"{self.config.name}: silent for {self.config.timeout_ms} ms", hint="cable, power, or a busy network"
         )
 
     def _asked(self, source: Source) -> bool:
@@ -300,16 +376,27 @@ class Camera:
         with self._changed:
             self._wanted = 0 if self._wanted == 2 else self._wanted
 
-    def _deliver(self, frame: Frame, guard: _Guard, info: Info) -> None:
-        if not frame.fault and (found := guard.fault(frame)):
-            frame = replace(frame, fault=found[0].value, fault_detail=found[1])
+    def _guarded(self, frame: Frame, info: Info) -> Frame:
+        """The frame, broken where it must not be judged."""
+        if frame.fault:
+            return frame
+        found = self._guard.fault(frame, info)
+        frozen = found[1] if found and found[0] is Reason.FROZEN_IMAGE else ""
+        if bool(frozen) != bool(self.frozen):
+            log.warning("camera %s: %s", self.name, frozen or "its images differ again")
+            self.frozen = frozen
+        return replace(frame, fault=found[0].value, fault_detail=found[1]) if found else frame
+
+    def _deliver(self, frame: Frame, info: Info) -> None:
+        self._works()
+        frame = self._guarded(frame, info)
         self.has_delivered = True
         self.counts.frames += 1
         self.counts.lost += frame.lost
         self.counts.broken += bool(frame.fault)
-        self._times.append(frame.captured_s)
         latest = self.on_demand or self.config.policy == "latest"
         with self._changed:
+            self._times.append(frame.captured_s)  # the station's thread reads them
             if self.on_demand and self._frames and self._is_fresh(self._frames[0]):
                 self.counts.skipped += 1  # the first frame since the trigger waits already: later ones show another part
                 return

@@ -25,6 +25,7 @@ def info_of(image: Pixels, fps: float) -> Info:
     return Info(
         width=image.shape[1], height=image.shape[0], channels=1 if image.ndim == 2 else 3,
         depth_bits=image.dtype.itemsize * 8, fps=fps or None, triggerable=True, pulled=not fps, simulated=True,
+        coding="recorded",
     )  # fmt: skip
 
 

@@ -7,10 +7,11 @@ GStreamer. The pipeline is given without its sink. Run in a child process: stopp
 from __future__ import annotations
 
 import ctypes
+import re
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from edge_inspector.frames import Frame, Pixels, frozen
 HINT = "apt install libgstreamer1.0-0 gstreamer1.0-plugins-base, and the plugins that the pipeline needs"
 _SINK = "appsink name=edge_inspector max-buffers=8 sync=false"
 _FORMATS: dict[str, tuple[type, int]] = {"BGR": (np.uint8, 3), "GRAY8": (np.uint8, 1), "GRAY16_LE": (np.uint16, 1)}
+_STREAM_CODED = re.compile(r"h26[345]|hevc|vp[89]|av1|mpeg[24v]|theora|decodebin|playbin|rtspsrc|nvv4l2decoder|vaapidecode")
+"""Elements that decode pictures from what differs between them."""
 _NULL, _PAUSED, _PLAYING = 1, 3, 4
 _FAILURE, _LIVE = 0, 3
 _END, _ERROR = 1, 2
@@ -135,9 +138,17 @@ class GstSource:
             raise self._error(self._told() or "no first frame in time")
         self._first = self._frame(sample)  # `read` gives it: a recording must not lose one
         image = self._first.image
-        info = Info(image.shape[1], image.shape[0], 1 if image.ndim == 2 else 3, image.dtype.itemsize * 8, self._rate or None)
+        info = Info(
+            image.shape[1], image.shape[0], 1 if image.ndim == 2 else 3, image.dtype.itemsize * 8, self._rate or None,
+            coding=self._coding(),
+        )  # fmt: skip
         check_format(self.config, info)
         return info
+
+    def _coding(self) -> Literal["single", "stream", "recorded"]:
+        if not self._live:
+            return "recorded"
+        return "stream" if _STREAM_CODED.search(pipeline_of(self.config)) else "single"
 
     def read(self, timeout_s: float) -> Frame | None:
         """The next frame. Raises CameraEnded where a recording ends, CameraError where a live stream does."""

@@ -38,6 +38,7 @@ SLOTS = 8
 _ENTRY = "from edge_inspector.cameras.isolation import main; main()"
 _HEADER = 4096
 _MESSAGE, _SPECIFICATION = 8192, 131_072
+_ERROR = 1024
 _OPEN_MARGIN_S = 10.0
 """Beside the camera's own timeout: starting Python and importing OpenCV on a busy machine."""
 _PR_SET_PDEATHSIG = 1
@@ -49,6 +50,7 @@ _LEAVE_S = 0.5
 _SLICE_S = 0.002
 """Between two looks for a triggered image: the child listens for the next trigger meanwhile."""
 _TRIGGER = b"t"
+_SIGNALS = {number.value: number.name for number in signal.Signals}
 _UNPACED_S = 0.04
 """Between two frames of a recording that has no rate of its own."""
 
@@ -120,8 +122,9 @@ class IsolatedSource:
             return None
         data, ancillary, _, _ = self._socket.recvmsg(_MESSAGE, socket.CMSG_SPACE(4))
         if not data:
-            code = self._child.poll() if self._child else None
-            raise CameraError(f"{self.config.name}: the camera process ended ({code})", hint="the driver may have crashed")
+            raise CameraError(
+                f"{self.config.name}: the camera process ended {self._ended()}", hint="the driver may have crashed"
+            )
         self._heard_s = time.monotonic()
         message: dict[str, Any] = json.loads(data)
         if "error" in message:
@@ -134,6 +137,18 @@ class IsolatedSource:
             finally:
                 os.close(descriptor)
         return message
+
+    def _ended(self) -> str:
+        """How the child ended; it closes its socket a moment before the system knows."""
+        if self._child is None:
+            return "before"
+        try:
+            code = self._child.wait(_LEAVE_S)
+        except subprocess.TimeoutExpired:
+            return "its connection, and still runs"
+        if code >= 0:
+            return f"with exit code {code}"
+        return f"by signal {_SIGNALS.get(-code, -code)}"
 
     def _copied(self, told: dict[str, Any]) -> Frame | None:
         if told["fault"]:
@@ -148,7 +163,7 @@ class IsolatedSource:
         lost, self._lost = self._lost + told["lost"], 0
         return Frame(
             frozen(image), told["seq"], told["captured_s"], datetime.fromisoformat(told["captured_at"]), told["clock"],
-            told["source_id"], lost, 0, told["fault"], told["fault_detail"],
+            told["source_id"], lost, 0, told["key"], told["fault"], told["fault_detail"],
         )  # fmt: skip
 
     def trigger(self) -> None:
@@ -192,7 +207,7 @@ class _Sender:
         told = {
             "seq": frame.seq, "captured_s": frame.captured_s, "captured_at": frame.captured_at.isoformat(),
             "clock": frame.clock, "source_id": frame.source_id, "lost": frame.lost + self._lost,
-            "fault": frame.fault, "fault_detail": frame.fault_detail,
+            "fault": frame.fault, "fault_detail": frame.fault_detail, "key": frame.key,
         }  # fmt: skip
         if not frame.fault:
             if self._ring is None or self._ring.frame_bytes < frame.image.nbytes:
@@ -264,11 +279,18 @@ def _child(channel: socket.socket, specification: dict[str, Any]) -> None:
             elif frame is None:
                 with contextlib.suppress(BlockingIOError):
                     channel.send(_ALIVE, socket.MSG_DONTWAIT)
-    except CameraError as error:
-        told = {"error": error.message, "hint": error.hint, "ended": isinstance(error, CameraEnded)}
-        channel.send(json.dumps(told).encode())
+    except (BrokenPipeError, ConnectionResetError):
+        raise
+    except Exception as error:  # noqa: BLE001 - the root of a process: whatever a driver raises is told by the parent
+        channel.send(json.dumps(_told_error(config, error)).encode())
     finally:
         source.close()
+
+
+def _told_error(config: CameraConfig, error: Exception) -> dict[str, Any]:
+    if isinstance(error, CameraError):
+        return {"error": error.message, "hint": error.hint, "ended": isinstance(error, CameraEnded)}
+    return {"error": f"{config.name}: {type(error).__name__}: {error}"[:_ERROR], "hint": "see its driver", "ended": False}
 
 
 def main() -> None:

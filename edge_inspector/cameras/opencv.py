@@ -66,7 +66,10 @@ class OpencvSource:
         fps = capture.get(cv2.CAP_PROP_FPS)
         if not self._kernel_stamps:
             self._drain(capture, fps)
-        info = Info(first.shape[1], first.shape[0], 1 if first.ndim == 2 else 3, first.dtype.itemsize * 8, fps or None)
+        info = Info(
+            first.shape[1], first.shape[0], 1 if first.ndim == 2 else 3, first.dtype.itemsize * 8, fps or None,
+            coding="single" if self._kernel_stamps else "stream",
+        )  # fmt: skip
         check_format(config, info)
         if config.fps is not None and abs(fps - config.fps) > _STEP * config.fps:
             raise CameraError(f"{config.name}: {fps:g} frames/s, the configuration sets {config.fps:g}")
@@ -85,7 +88,12 @@ class OpencvSource:
             return None
         self._seq += 1
         captured_s, clock = self._when(self._capture, now)
-        return Frame(frozen(image), self._seq - 1, captured_s, moment(captured_s), clock)
+        return Frame(frozen(image), self._seq - 1, captured_s, moment(captured_s), clock, key=self._is_key(self._capture))
+
+    def _is_key(self, capture: cv2.VideoCapture) -> bool | None:
+        """Whether the frame is one of a stream that was coded alone; None where OpenCV or FFmpeg does not say."""
+        kind = 0 if self._kernel_stamps else int(capture.get(cv2.CAP_PROP_FRAME_TYPE))
+        return chr(kind) == "I" if kind in map(ord, "IPB") else None
 
     def _when(self, capture: cv2.VideoCapture, arrived_s: float) -> tuple[float, Literal["device", "kernel", "arrival"]]:
         """When a frame was made: after a pause the oldest come first, and look as new as any."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from edge_inspector.config import CameraConfig
@@ -32,6 +32,9 @@ class Info:
     pulled: bool = False
     """Makes the next frame only when asked: waiting costs nothing and nothing overflows."""
     simulated: bool = False
+    coding: Literal["single", "stream", "recorded"] = "single"
+    """Each picture stands alone; or is coded by what differs from others, so that a still scene may give equal frames; or is
+    a recording, which may show anything."""
     settings: dict[str, str] = field(default_factory=dict)
     """Read back from the camera, by the camera's names."""
     notes: tuple[str, ...] = ()

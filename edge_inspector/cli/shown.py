@@ -114,10 +114,15 @@ def start_logging(*, verbose: bool = False) -> None:
     )
 
 
+def printable(text: str) -> str:
+    """The same text for a terminal: separators of scanned codes by their pictures."""
+    return "".join(chr(0x2400 + ord(letter)) if letter < " " else letter for letter in text)
+
+
 def one_line(result: Result) -> str:
     """A result for people, with rich's colours."""
     colour = COLOURS[result.verdict]
-    words = [f"[{colour}]{result.verdict.value:<9}[/{colour}]", f"{result.part_id or result.trigger_id:<28}"]
+    words = [f"[{colour}]{result.verdict.value:<9}[/{colour}]", f"{escape(printable(result.part_id or result.trigger_id)):<28}"]
     worst = max(result.findings, key=lambda f: f.score if f.score is not None else -1.0, default=None)
     if worst is not None and worst.score is not None:
         words.append(f"score {worst.score:6.2f} of {worst.threshold:.2f}")
@@ -125,7 +130,7 @@ def one_line(result: Result) -> str:
         region = worst.regions[0]
         words.append(f"at x {region.x_px} y {region.y_px}, {region.w_px}x{region.h_px} px")
     if result.verdict is Verdict.UNDECIDED:
-        words.append(f"{result.reason.value}: {result.detail}")
+        words.append(f"{result.reason.value}: {escape(printable(result.detail))}")
     words.append(f"[dim]{result.times_ms.total:.1f} ms[/dim]")
     return "  ".join(words)
 

@@ -31,6 +31,7 @@ from edge_inspector.recipes import Recipe
 from edge_inspector.results import Reason, Result, Verdict
 from edge_inspector.runtime import OnnxEngine
 from edge_inspector.setting import Setting
+from edge_inspector.standing import Orders
 from edge_inspector.station import Station
 from tests.faults.rigs import RIGS, Aravis, AravisTriggered, Rig, Rtsp
 from tests.line import until
@@ -83,6 +84,7 @@ class Line:
             outbox=self.outbox, evidence=stack.enter_context(EvidenceStore(folder / "evidence", 0)), session="s",
             configuration=line.reference(), make_source=lambda name: open_source(cameras[name], folder),
             inspectors=lambda _: Inspectors.of(config, line, lambda _: engine), clock_ok=lambda: True, watch=lambda _: lambda: None, forget=lambda _: None,
+            orders=Orders(folder / "orders.json", ["press"]),
         )  # fmt: skip
         engine = stack.enter_context(OnnxEngine(bundle))
         self.station = stack.enter_context(Station("press", config, setting))

@@ -24,7 +24,8 @@ from itertools import count
 from pathlib import Path
 
 from edge_inspector.errors import OutboxError
-from edge_inspector.outbox import Journalled, Outbox
+from edge_inspector.journal import Journalled
+from edge_inspector.outbox import Outbox
 from edge_inspector.results import Result, Verdict
 from tests.test_outbox import result, stored, trigger
 
