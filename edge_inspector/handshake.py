@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
@@ -20,16 +21,17 @@ from typing import Protocol
 from edge_inspector import messages
 from edge_inspector.errors import InspectorError, OutboxError
 from edge_inspector.frames import Coming, Trigger, utc_now
-from edge_inspector.messages import Topics, TriggerRequest, VerdictMessage
+from edge_inspector.messages import Topics, TriggerAsked, TriggerRequest, VerdictMessage
 from edge_inspector.mqtt import Connection, Message
 from edge_inspector.outbox import Journalled, Outbox
-from edge_inspector.results import Result
+from edge_inspector.results import Reason, Result, Verdict
 from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
 
 _WAIT_S = 0.25
 _REDELIVER_S = 2.0
+_REFUSED_S = 1.0
 
 
 class TriggerTaker(Protocol):
@@ -129,7 +131,19 @@ class Handshake:
 
     def _refused(self, station: str, error: InspectorError, message: Message) -> None:
         self._refuse(station, error)
+        if not message.retain:  # who kept a trigger for later is not asked for it every time
+            self._answer(station, message)
         self.connection.acknowledge(message.ack)
+
+    def _answer(self, station: str, message: Message) -> None:
+        """Tell a controller that no part is inspected for its trigger: undecided, where the verdict would come."""
+        with suppress(InspectorError):  # nobody can be answered
+            asked = messages.decode(TriggerAsked, message.payload, message.topic, messages.MAX_REQUEST_BYTES)
+            refused = VerdictMessage(
+                station=station, trigger_id=asked.trigger_id, verdict=Verdict.UNDECIDED, reason=Reason.REFUSED,
+                expires_at=utc_now() + timedelta(seconds=_REFUSED_S),
+            )  # fmt: skip
+            self.connection.publish(self.topics.of("verdict", station), messages.encode(refused), expires_s=_REFUSED_S)
 
     def _journalled(self, name: str, trigger: Trigger, coming: int, message: Message, future: Future[Journalled]) -> None:
         """On disk (this is the committer's thread): now it may be acknowledged and acted on."""

@@ -44,6 +44,8 @@ class Reason(str, Enum):
     OVERLOAD = "overload"
     ENGINE_FAULT = "engine_fault"
     NOT_RECORDED = "not_recorded"
+    REFUSED = "refused"
+    """The trigger was not taken: no part was inspected, there is no record."""
 
 
 def rfc3339(moment: datetime) -> str:

@@ -11,8 +11,8 @@ import pytest
 from edge_inspector import durable
 from edge_inspector.config import parse_line
 from edge_inspector.errors import InspectorError
+from edge_inspector.remote.authority import Authority
 from edge_inspector.remote.configuration import Configuration
-from edge_inspector.remote.orders import Authority
 
 FAULT = {"s/top: camera_fault"}
 

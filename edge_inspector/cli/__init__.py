@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from edge_inspector.cli import offline, online, remote, service
+from edge_inspector.cli import asking, offline, online, remote, service
 from edge_inspector.cli.shown import complain
 from edge_inspector.errors import EngineLost, InspectorError
 
@@ -44,6 +44,8 @@ for _offline_verb in (
 
 
 app.command()(remote.rollout)
+app.command()(asking.trigger)
+app.command()(asking.command)
 app.add_typer(remote.app)
 app.add_typer(service.app)
 
