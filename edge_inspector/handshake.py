@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _WAIT_S = 0.25
 _REDELIVER_S = 2.0
-_REFUSED_S = 1.0
+_REFUSED_S, _DETAIL = 1.0, 300
 
 
 class TriggerTaker(Protocol):
@@ -132,16 +132,16 @@ class Handshake:
     def _refused(self, station: str, error: InspectorError, message: Message) -> None:
         self._refuse(station, error)
         if not message.retain:  # who kept a trigger for later is not asked for it every time
-            self._answer(station, message)
+            self._answer(station, error, message)
         self.connection.acknowledge(message.ack)
 
-    def _answer(self, station: str, message: Message) -> None:
+    def _answer(self, station: str, error: InspectorError, message: Message) -> None:
         """Tell a controller that no part is inspected for its trigger: undecided, where the verdict would come."""
         with suppress(InspectorError):  # nobody can be answered
             asked = messages.decode(TriggerAsked, message.payload, message.topic, messages.MAX_REQUEST_BYTES)
             refused = VerdictMessage(
                 station=station, trigger_id=asked.trigger_id, verdict=Verdict.UNDECIDED, reason=Reason.REFUSED,
-                expires_at=utc_now() + timedelta(seconds=_REFUSED_S),
+                detail=str(error)[:_DETAIL], expires_at=utc_now() + timedelta(seconds=_REFUSED_S),
             )  # fmt: skip
             self.connection.publish(self.topics.of("verdict", station), messages.encode(refused), expires_s=_REFUSED_S)
 

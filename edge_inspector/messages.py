@@ -92,6 +92,7 @@ class VerdictMessage(TolerantModel):
     verdict: Verdict
     reason: Reason
     repeated: bool = Field(False, description="the answer to a trigger id that was judged before")
+    detail: str | None = Field(None, description="what is wrong with a trigger that was refused")
     expires_at: Moment
 
 

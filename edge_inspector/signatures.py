@@ -96,8 +96,10 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
     """Read a signing key. Raises SignatureError."""
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise SignatureError(f"{path}: not a signing key: {error}", hint="make one: edge-inspector keygen") from error
+    except OSError as error:
+        raise SignatureError(f"{path}: {error.strerror}", hint="make one: edge-inspector keygen") from error
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise SignatureError(f"{path}: not a signing key", hint="make one: edge-inspector keygen") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise SignatureError(f"{path}: not an Ed25519 key", hint="make one: edge-inspector keygen")
     return key
@@ -126,8 +128,10 @@ def _public_key(path: Path) -> tuple[Ed25519PublicKey, tuple[Purpose, ...] | Non
         above, begin, rest = text.partition(_BEGIN)
         block, end, below = rest.partition(_END)
         key = serialization.load_pem_public_key(f"{begin}{block}{end}\n".encode())
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise SignatureError(f"{path}: not a public key: {error}", hint="remove it from the trust folder") from error
+    except OSError as error:
+        raise SignatureError(f"{path}: {error.strerror}", hint="everybody must be able to read a public key") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise SignatureError(f"{path}: not a public key", hint="remove it from the trust folder") from error
     if not isinstance(key, Ed25519PublicKey):
         raise SignatureError(f"{path}: not an Ed25519 key", hint="remove it from the trust folder")
     return key, _purposes(path, above, below)

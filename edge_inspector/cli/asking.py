@@ -33,7 +33,7 @@ def trigger(
     values = {"trigger_id": id_ or fresh_id(), "part_id": part_id, "product": product}
     request = validate(TriggerRequest, values, "trigger")
     with Address(config, device, broker).connected(fresh_id(), _subscriptions) as reached:
-        verdict = Asking(*reached, tell=_tell).trigger(station, request, wait_s)
+        verdict = Asking(*reached).trigger(station, request, wait_s)
     if verdict is None:
         err.print(f"no verdict within {wait_s:g} s: not ok; the result, if there is one: edge-inspector watch --start all")
         raise typer.Exit(2)
@@ -69,11 +69,9 @@ def _subscriptions(topics: Topics) -> tuple[str, ...]:
     return Asking.subscriptions(topics, fresh_id())
 
 
-def _tell(text: str) -> None:
-    err.print(escape(text), style="yellow")
-
-
 def _show(verdict: VerdictMessage) -> None:
     colour, words = COLOURS[verdict.verdict], verdict.reason.value.replace("_", " ")
     again = ", judged before" if verdict.repeated else ""
     out.print(f"[{colour}]{verdict.verdict.value}[/]  {escape(verdict.trigger_id)}  {escape(words)}{again}")
+    if verdict.detail is not None:
+        err.print(escape(verdict.detail))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from edge_inspector import messages
 from edge_inspector.errors import BrokerError, SchemaError
 from edge_inspector.frames import utc_now
-from edge_inspector.messages import Alert, Command, Reply, StateMessage, Topics, TriggerRequest, VerdictMessage
+from edge_inspector.messages import Command, Reply, StateMessage, Topics, TriggerRequest, VerdictMessage
 from edge_inspector.mqtt import Connection, Message
 from edge_inspector.remote.client import refuse_unconnected, signed
 from edge_inspector.signatures import Ed25519PrivateKey
@@ -27,14 +27,13 @@ M = TypeVar("M", bound=BaseModel)
 class Asking:
     """One device, for one question. Needs a connection with `subscriptions`."""
 
-    def __init__(self, connection: Connection, topics: Topics, tell: Callable[[str], None] = lambda _: None) -> None:
-        """`tell` hears of alerts meanwhile: they may be the answer."""
-        self._connection, self._topics, self._tell = connection, topics, tell
+    def __init__(self, connection: Connection, topics: Topics) -> None:
+        self._connection, self._topics = connection, topics
 
     @staticmethod
     def subscriptions(topics: Topics, client: str) -> tuple[str, ...]:
         """What the connection must subscribe to; `client` gets the replies."""
-        return topics.of("state"), topics.of("verdict", "+"), topics.of("reply", client), topics.of("alert", "+")
+        return topics.of("state"), topics.of("verdict", "+"), topics.of("reply", client)
 
     def trigger(self, station: str, request: TriggerRequest, wait_s: float) -> VerdictMessage | None:
         """Have a part inspected; its verdict, or None where there is none within `wait_s`. Raises BrokerError."""
@@ -75,7 +74,7 @@ class Asking:
             raise BrokerError(f"broker {self._connection.endpoint}: it could not be sent", hint="is the connection up?")
 
     def _heard(self, model: type[M], levels: tuple[str, ...], wait_s: float) -> Iterator[M]:
-        """What comes on one topic, until `wait_s` is over; alerts are told on the way."""
+        """What comes on one topic, until `wait_s` is over."""
         end = time.monotonic() + wait_s
         while time.monotonic() < end:
             try:
@@ -85,16 +84,8 @@ class Asking:
             if not isinstance(event, Message):
                 continue
             self._connection.acknowledge(event.ack)
-            found = self._topics.within(event.topic)
-            if found[:1] == ("alert",):
-                self._alerted(event)
-            elif found == levels:
+            if self._topics.within(event.topic) == levels:
                 yield _decoded(model, event)
-
-    def _alerted(self, message: Message) -> None:
-        alert = _decoded(Alert, message)
-        if alert.change == "raised":
-            self._tell(f"alert {alert.station}: {alert.text}")
 
 
 def _decoded(model: type[M], message: Message) -> M:
