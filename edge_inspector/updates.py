@@ -93,6 +93,7 @@ class Updates:
         """What judges, by its setup: of the one in force, one that is tried, and the one that a rollback leads to."""
         self._began: tuple[RunningLine | None, dict[str, tuple[int, int]]] = None, {}
         """Parts passed and failed by each station when the trial of a bundle began on this line."""
+        self._listened = False
         self._heard: dict[str, int] = {}
         """By bundle: up to which release orders are taken, as the broker holds it."""
         self._unswept = False
@@ -160,7 +161,8 @@ class Updates:
                 self._heard[levels[1]] = seen
         for name, rollout in self._rollouts.items():
             rollout.hear(self._heard.get(name, 0))
-        return current.broker.has_listened
+        self._listened = self._listened or current.broker.has_listened
+        return self._listened
 
     def _report(self, broker: Broker) -> None:
         broker.retain(self._configuration.report(), "config", "reported")
