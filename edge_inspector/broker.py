@@ -27,7 +27,6 @@ from edge_inspector.frames import utc_now
 from edge_inspector.messages import (
     MAX_REPORT_BYTES,
     Alert,
-    Asked,
     Command,
     Gap,
     Head,
@@ -36,12 +35,11 @@ from edge_inspector.messages import (
     ReplayRequest,
     Reply,
     ReplyError,
-    Seen,
     Topics,
 )  # fmt: skip
 from edge_inspector.mqtt import Acknowledged, Connection, Message
 from edge_inspector.outbox import Outbox
-from edge_inspector.schema import MAX_BYTES
+from edge_inspector.schema import MAX_BYTES, Field, TolerantModel
 from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
@@ -63,6 +61,19 @@ _PACE_S = 0.005
 """A backlog is sent a batch at a time: its acknowledgements gather meanwhile, and parts have the processor."""
 _HEAD_EVERY_S = 1.0
 _MAX_GAPS = 16
+
+
+class _Asked(TolerantModel):
+    """What a command that is wrong elsewhere needs, to be answered."""
+
+    request_id: messages.PlainId
+    client: messages.TopicLevel
+
+
+class _Seen(TolerantModel):
+    """config/reported and bundle/{name}/reported, as far as the device reads them itself: what the broker holds of them."""
+
+    seen: int = Field(0, ge=0, le=messages.MAX_VERSION)
 
 
 class Commanded(Protocol):
@@ -402,7 +413,7 @@ class Broker:
         """What the broker holds of us; what comes as we say it is no news."""
         known = levels in self.reported or len(self.reported) < REPORTS
         if message.retain and message.payload and known:
-            self.reported[levels] = messages.decode(Seen, message.payload, message.topic, MAX_REPORT_BYTES).seen
+            self.reported[levels] = messages.decode(_Seen, message.payload, message.topic, MAX_REPORT_BYTES).seen
 
     def _take_command(self, name: str, message: Message) -> None:
         try:
@@ -410,7 +421,7 @@ class Broker:
                 raise InspectorError("no commands are taken here")
             command, reply = self._commands.answered(name, message.payload, message.topic, partial(self._carry_out, name))
         except InspectorError as error:
-            asked = messages.decode(Asked, message.payload, message.topic)
+            asked = messages.decode(_Asked, message.payload, message.topic)
             refused = ReplyError(code="refused", message=error.message, hint=error.hint)
             self._sent_aside(
                 self.topics.of("reply", asked.client),

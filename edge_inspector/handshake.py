@@ -21,10 +21,11 @@ from typing import Protocol
 from edge_inspector import messages
 from edge_inspector.errors import InspectorError, OutboxError
 from edge_inspector.frames import Coming, Trigger, utc_now
-from edge_inspector.messages import Topics, TriggerAsked, TriggerRequest, VerdictMessage
+from edge_inspector.messages import Topics, TriggerRequest, VerdictMessage
 from edge_inspector.mqtt import Connection, Message
 from edge_inspector.outbox import Journalled, Outbox
 from edge_inspector.results import Reason, Result, Verdict
+from edge_inspector.schema import TolerantModel
 from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,12 @@ log = logging.getLogger(__name__)
 _WAIT_S = 0.25
 _REDELIVER_S = 2.0
 _REFUSED_S, _DETAIL = 1.0, 300
+
+
+class _Asked(TolerantModel):
+    """What a trigger that is wrong elsewhere needs, to be answered."""
+
+    trigger_id: messages.PlainId
 
 
 class TriggerTaker(Protocol):
@@ -138,7 +145,7 @@ class Handshake:
     def _answer(self, station: str, error: InspectorError, message: Message) -> None:
         """Tell a controller that no part is inspected for its trigger: undecided, where the verdict would come."""
         with suppress(InspectorError):  # nobody can be answered
-            asked = messages.decode(TriggerAsked, message.payload, message.topic, messages.MAX_REQUEST_BYTES)
+            asked = messages.decode(_Asked, message.payload, message.topic, messages.MAX_REQUEST_BYTES)
             refused = VerdictMessage(
                 station=station, trigger_id=asked.trigger_id, verdict=Verdict.UNDECIDED, reason=Reason.REFUSED,
                 detail=str(error)[:_DETAIL], expires_at=utc_now() + timedelta(seconds=_REFUSED_S),

@@ -76,12 +76,6 @@ class TriggerRequest(TolerantModel):
     expires_at: Moment | None = None
 
 
-class TriggerAsked(TolerantModel):
-    """What a trigger that is wrong elsewhere needs, to be answered."""
-
-    trigger_id: PlainId
-
-
 class VerdictMessage(TolerantModel):
     """verdict/{station}: for the PLC. Useful until `expires_at`; absence means not ok."""
 
@@ -260,13 +254,6 @@ class Command(TolerantModel):
     signature: Signature | None = Field(None, description="over `signed_bytes` of the rest")
 
 
-class Asked(TolerantModel):
-    """What a command that is wrong elsewhere needs, to be answered."""
-
-    request_id: PlainId
-    client: TopicLevel
-
-
 class ReplyError(TolerantModel):
     """Why a command was refused."""
 
@@ -365,12 +352,6 @@ class ConfigReported(TolerantModel):
     last: AuditEntry | None = Field(None, description="the latest order and what became of it")
     history: tuple[AuditEntry, ...] = Field((), description="the audit trail, newest last")
     line: dict[str, Any] = Field(description="the document in force, passwords of cameras masked")
-
-
-class Seen(TolerantModel):
-    """config/reported and bundle/{name}/reported, as far as the device reads them itself: what the broker holds of them."""
-
-    seen: int = Field(0, ge=0, le=MAX_VERSION)
 
 
 class BundleDesired(Order):

@@ -415,5 +415,5 @@ def _refuse_late(engine: Engine, station: str, expires_ms: int) -> None:
 def _open_to_all(device: Device) -> list[Cause]:
     if device.config.remote.require_signature:
         return []
-    text = "remote: {require_signature: false}: whoever may publish at the broker changes this line and commands it"
+    text = "remote.require_signature is false: whoever may publish at the broker changes this line and commands it"
     return [Cause(code="unsigned_orders", severity="maintenance_required", thing="device.yaml", text=text)]

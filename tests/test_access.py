@@ -46,13 +46,13 @@ class User:
         client = paho.Client(CallbackAPIVersion.VERSION2, f"test-{name}", protocol=MQTTProtocolVersion.MQTTv5)
         it = cls(client)
         client.username_pw_set(name, WORD)
-        client.on_connect = lambda *_: client.subscribe("#", 1)
-        client.on_message = lambda _c, _u, message: it.heard.add((message.topic, message.payload))
+        client.on_message = lambda _c, _u, message: it.heard.add((message.topic, bytes(message.payload)))
         client.on_publish = lambda _c, _u, mid, reason, _p: it.granted.update({mid: not reason.is_failure})
         subscribed: list[int] = []
         client.on_subscribe = lambda _c, _u, mid, _r, _p: subscribed.append(mid)
         client.connect("127.0.0.1", port)
         client.loop_start()
+        until(lambda: client.subscribe("#", 1)[1] is not None, what=f"{name} connected")
         until(lambda: subscribed, what=f"{name} subscribed")
         return it
 

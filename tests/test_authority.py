@@ -231,6 +231,8 @@ def test_a_command_is_carried_out_when_signed_for_here_and_now(keys: Keys) -> No
         (station.values(), "not signed"),
         (station.signed(expires_at=late), "expires_at is"),
         (station.signed(expires_at=far), "expires_at is"),
+        (station.signed(expires_at="0001-01-01T00:00:00+14:00"), "expires_at is"),
+        (station.signed(expires_at="9999-12-31T23:59:59-14:00"), "expires_at is"),
         (station.signed(session="s-0"), "for session s-0"),
         (station.signed(device="plant/line/other"), "for plant/line/other"),
         (station.signed(command="start"), "came as halt"),

@@ -228,19 +228,19 @@ def test_what_is_taken_back_is_gone_from_the_broker_and_from_memory(
         assert not listener.of("bundle")
 
 
-def test_what_the_broker_holds_of_us_is_heard_before_anything_else(tmp_path: Path, mosquitto: Mosquitto) -> None:
-    with listening(mosquitto.port) as listener:
+def test_what_the_broker_holds_of_us_is_heard_before_anything_else(tmp_path: Path, any_broker_port: int) -> None:
+    with listening(any_broker_port) as listener:
         for name in ("config", "bundle/paper", *(f"bundle/forged-{n}" for n in range(300))):
             listener.say({"seen": 7, "more": 1}, *name.split("/"), "reported", retain=True)
         listener.say(b"{", "bundle", "broken", "reported", retain=True)
         time.sleep(0.3)
-    connection = Connection(config(mosquitto.port), "device", subscriptions=Broker.subscriptions(TOPICS))
+    connection = Connection(config(any_broker_port), "device", subscriptions=Broker.subscriptions(TOPICS))
     with Outbox(tmp_path, ["sheet"], quota_mb=4) as outbox, connection, Broker(connection, TOPICS, outbox, {}) as broker:
         assert not broker.has_listened
         until(lambda: broker.has_listened, what="time to listen")
         assert broker.reported["config", "reported"] == 7
         assert len(broker.reported) <= 256, "whoever may publish fills no memory"
-        with listening(mosquitto.port) as listener:
+        with listening(any_broker_port) as listener:
             listener.say({"seen": 99}, "config", "reported")
             time.sleep(0.3)
         assert broker.reported["config", "reported"] == 7, "what is said now is no memory of ours"

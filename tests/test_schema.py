@@ -111,7 +111,7 @@ def test_one_document_reads_the_same_from_yaml_and_json() -> None:
     assert isinstance(parse_line(values, "x"), LineConfig)
 
 
-HARDLY = (
+HARDLY: tuple[object, ...] = (
     None, True, -1, 0, 10**30, -(10**30), 0.5, -0.5, 1e308, "", "x" * 5000, "Ä ö", "*", "2020-01-01", "2020-01-01T00:00:00", [],
     {}, ["a"], [1, 2, 3, 4, 5, 6, 7], {"a": 1}, {"A B": 1}, [[1, 2]], [[1, 2, 3], [1, 2], [3, 4]], {"a": {}}, [{}], [None] * 520,
     {f"a{n}": 0 for n in range(300)}, {"x": 0, "y": 0}, "dir:///x", "gst:", "\x00", [[]], {"a": [[], {}, None]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,19 +22,24 @@ O = TypeVar("O", bound=Order)  # noqa: E741 - an order
 COMMAND_EXPIRES_S = 3600
 """A signed command may be valid for so long: what was carried out has to be remembered as long."""
 _SHOWN = 128
+_READ_EVERY_S = 1.0
 _SIGN = "sign it: --key KEY, or keys/orders.key beside device.yaml, with a key that this device trusts"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trust:
     """Keys that must have signed. `unmarked`: what a key is trusted for whose file names no purposes."""
 
     folder: Path
     unmarked: tuple[Purpose, ...]
+    _read: tuple[float, dict[str, TrustedKey]] = (float("-inf"), {})
 
     def keys(self) -> dict[str, TrustedKey]:
-        """By id. Raises SignatureError."""
-        return signatures.trusted_keys(self.folder, self.unmarked)
+        """By id, as they were within the last second: who sends wrong orders costs no disk. Raises SignatureError."""
+        at, keys = self._read
+        if time.monotonic() - at > _READ_EVERY_S:
+            at, keys = self._read = time.monotonic(), signatures.trusted_keys(self.folder, self.unmarked)
+        return keys
 
 
 def trust_of(device: Device) -> Trust | None:
@@ -148,6 +154,6 @@ def _refuse_old(command: Command, name: str, session: str) -> None:
     left = command.expires_at - now
     if not timedelta(0) < left <= timedelta(seconds=COMMAND_EXPIRES_S):
         raise InspectorError(
-            f"expires_at is {rfc3339(command.expires_at)}; here it is {rfc3339(now)}",
+            f"expires_at is {command.expires_at.isoformat()}; here it is {rfc3339(now)}",
             hint=f"it must be within {COMMAND_EXPIRES_S} s from now; do the clocks agree?",
         )
