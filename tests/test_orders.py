@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from edge_inspector import signatures
 from edge_inspector.cli import app
-from edge_inspector.config import BrokerConfig
+from edge_inspector.config import BrokerConfig, parse_line
 from edge_inspector.errors import InspectorError
 from edge_inspector.mqtt import Connection, Message
+from edge_inspector.schema import read_yaml
 from tests.line import ENGINES, RECORDING, TOPICS, DaemonProcess, Listener, Mosquitto, line_yaml, listening, loaded, until
 
 LOOPING = f"{RECORDING}?loop=1"
@@ -217,3 +218,39 @@ def test_what_is_open_to_all_is_said(tmp_path: Path, mosquitto: Mosquitto) -> No
     told = CliRunner().invoke(app, here).output
     assert "signs bundles and orders, as it always has" in told
     assert "purposes: bundle, configuration, confirm" in told
+
+
+def test_an_installation_of_before_goes_on_and_says_what_it_needs(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = made(tmp_path / "device", mosquitto.port)
+    for key in (folder / "trust").glob("orders-*.pub"):
+        key.unlink()
+    for key in (folder / "trust").glob("signing-*.pub"):
+        key.write_text("\n".join(row for row in key.read_text().splitlines() if not row.startswith("purposes:")))
+    shutil.move(folder / "keys" / "orders.key", tmp_path / "away.key")
+    line = parse_line(read_yaml(line_yaml(LOOPING).replace("version: 3", "version: 4").encode(), "x"), "x")
+    kept = {"document": line.document(), "version": 4, "hash": line.reference().hash, "source": "remote", "by": "anna"}
+    entry = {"at": "2026-11-01T08:00:00.000Z", "by": "anna", "version": 4, "hash": kept["hash"], "outcome": "committed"}
+    state = {"schema": "ei.trials.v1", "seen": 4, "attempt": [0, 0], "good": kept, "trial": None, "history": [entry]}
+    (folder / "state").mkdir()
+    (folder / "state" / "configuration.json").write_text(json.dumps(state))
+    with listening(mosquitto.port) as listener:
+        listener.say({"by": "anna", "line": line.document()}, "config", "desired", retain=True)
+        with DaemonProcess(folder) as daemon:
+            ready(listener)
+            told = until(lambda: listener.of("config", "reported"), what="a report")[-1]
+            assert (told["version"], told["source"], told["last"]["outcome"]) == (4, "remote", "committed")
+            listener.say({"request_id": "1", "client": "panel", "station": "sheet"}, "command", "halt")
+            reply = until(lambda: listener.of("reply", "panel"), what="a reply")[0]
+            assert "remote: {open_commands: [halt]}" in reply["error"]["hint"]
+            listener.say({"trigger_id": "T-1"}, "trigger", "sheet")
+            assert until(lambda: listener.of("result", "sheet"), what="a result")[0]["configuration"]["version"] == 4
+            said = verb("remote", "reset", "--yes", "--config", folder / "device.yaml", code=1)
+            assert "not signed" in said
+            made_one = verb("keygen", folder / "keys" / "orders.key", "--trust", folder / "trust", "--purposes",
+                            "configuration,confirm")  # fmt: skip
+            assert "for configuration, confirm" in made_one
+            assert "line.yaml is in force again" in verb("remote", "reset", "--yes", "--config", folder / "device.yaml")
+            assert "Traceback" not in daemon.log
+    assert (
+        "nothing is changed from afar" not in CliRunner().invoke(app, ["check", "--config", str(folder / "device.yaml")]).output
+    )
