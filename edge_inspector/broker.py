@@ -14,15 +14,18 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Protocol
 
 from pydantic import BaseModel
 
 from edge_inspector import messages
-from edge_inspector.errors import InspectorError, SchemaError
+from edge_inspector.errors import InspectorError
+from edge_inspector.flood import Flood, besides
 from edge_inspector.frames import utc_now
 from edge_inspector.messages import (
+    MAX_REPORT_BYTES,
     Alert,
     Command,
     Gap,
@@ -36,7 +39,7 @@ from edge_inspector.messages import (
 )  # fmt: skip
 from edge_inspector.mqtt import Acknowledged, Connection, Message
 from edge_inspector.outbox import Outbox
-from edge_inspector.schema import MAX_BYTES
+from edge_inspector.schema import MAX_BYTES, Field, TolerantModel
 from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,9 @@ ORDERS = 128
 ALERTS = 256
 """That wait to be sent."""
 ALERT_EXPIRES_S = 3600
+REPORTS = 256
+"""Of bundles that are listened to."""
+LISTEN_S = 1.0
 _WAIT_S = 0.25
 _PACE_S = 0.005
 """A backlog is sent a batch at a time: its acknowledgements gather meanwhile, and parts have the processor."""
@@ -57,11 +63,32 @@ _HEAD_EVERY_S = 1.0
 _MAX_GAPS = 16
 
 
+class _Asked(TolerantModel):
+    """What a command that is wrong elsewhere needs, to be answered."""
+
+    request_id: messages.PlainId
+    client: messages.TopicLevel
+
+
+class _Seen(TolerantModel):
+    """config/reported and bundle/{name}/reported, as far as the device reads them itself: what the broker holds of them."""
+
+    seen: int = Field(0, ge=0, le=messages.MAX_VERSION)
+
+
 class Commanded(Protocol):
     """A station, as far as the broker knows it."""
 
     def command(self, name: str, product: str | None) -> None:
         """Carry out a command. Raises InspectorError."""
+        ...
+
+
+class Door(Protocol):
+    """Decides whose commands are carried out."""
+
+    def answered(self, name: str, payload: bytes, topic: str, act: Callable[[Command], None]) -> tuple[Command, Reply]:
+        """Carry a command out by `act`, unless it was; returns it with its answer. Raises InspectorError."""
         ...
 
 
@@ -86,17 +113,23 @@ class Broker:
         topics: Topics,
         outbox: Outbox,
         stations: Mapping[str, Commanded],
+        commands: Door | None = None,
         *,
         tick: Callable[[], None] = lambda: None,
         hears: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`tick` is called at least once a second while the thread is alive; no station is told ready before `hears`."""
+        """`commands` lets commands in; None: there are none. `tick` is called at least once a second while the thread is
+        alive; no station is told ready before `hears`.
+        """
         self.connection, self.topics, self.outbox, self.stations = connection, topics, outbox, stations
         self.orders: queue.Queue[Message] = queue.Queue(ORDERS)
         """Of configurations and bundles, for the daemon: it acknowledges them."""
+        self.reported: dict[tuple[str, ...], int] = {}
+        """Up to which version orders are taken, as the broker holds it in our own reports, by topic."""
         self.refused = 0
         self.failure: Exception | None = None
-        self._tick, self._hears = tick, hears
+        self._tick, self._hears, self._commands = tick, hears, commands
+        self._stands_s: float | None = None
         self._retained: dict[str, tuple[bytes, bool]] = {}
         """Of each topic: payload, whether it waits until triggers are heard."""
         self._told: dict[str, bytes] = {}
@@ -108,14 +141,15 @@ class Broker:
         self._head_at = 0.0
         self._replays: deque[_Replay] = deque()
         self._redeliver_s: float | None = None
-        self._alerted_s = 0.0
+        self._refusals = Flood()
         self._closing = threading.Event()
         self._thread = Thread(target=self._run, name="broker", daemon=True)
 
     @staticmethod
     def subscriptions(topics: Topics) -> tuple[str, ...]:
-        """What the daemon listens to."""
+        """What the daemon listens to; first to what it has reported itself, so that this comes before old orders."""
         return (
+            topics.of("config", "reported"), topics.of("bundle", "+", "reported"),
             topics.of("replay", "+", "request"), topics.of("command", "+"),
             topics.of("config", "desired"), topics.of("config", "confirm"),
             topics.of("bundle", "+", "desired"), topics.of("bundle", "+", "confirm"),
@@ -146,6 +180,18 @@ class Broker:
         if self._alerts.qsize() < ALERTS:
             self._alerts.put(alert)
             self.connection.wake()
+
+    def forget(self, *levels: str) -> None:
+        """Take a retained message back: what it is about is gone."""
+        topic = self.topics.of(*levels)
+        if topic in self._retained:
+            self._retained[topic] = b"", False
+            self.connection.wake()
+
+    @property
+    def has_listened(self) -> bool:
+        """Whether what the broker holds of our own reports has come, if there is anything: within a second, in order."""
+        return self._stands_s is not None and time.monotonic() - self._stands_s > LISTEN_S
 
     # --- the thread
 
@@ -190,6 +236,7 @@ class Broker:
         if standing == self._standing:
             return
         self._standing = standing
+        self._stands_s = self._stands_s or (time.monotonic() if standing is not None else None)
         self._in_flight.clear()
         self._replays.clear()
         self._head_at = 0.0
@@ -214,7 +261,12 @@ class Broker:
                 self.retain(self._head(station), "head", station)
         for topic, payload in self._unsent().items():
             token = self.connection.publish(topic, payload, retain=True)
-            if token is not None:  # known until acknowledged: who stops waits for "offline" to arrive, not to have been written
+            if token is not None and not payload:  # taken back: not to be remembered for ever
+                if self._retained.get(topic) == (b"", False):
+                    del self._retained[topic]
+            elif (
+                token is not None
+            ):  # known until acknowledged: who stops waits for "offline" to arrive, not to have been written
                 self._told[topic] = payload
                 self._in_flight[token] = None
 
@@ -285,15 +337,10 @@ class Broker:
     def _take(self, message: Message) -> None:
         levels = self.topics.within(message.topic)
         try:
-            is_desired = levels[0] in ("config", "bundle") and levels[-1] == "desired"
-            message.check(MAX_BYTES if is_desired else messages.MAX_REQUEST_BYTES, retained=is_desired)
-            if levels[0] in ("config", "bundle"):
-                self._take_order(message)
+            if levels[0] in ("config", "bundle") and levels[-1] != "reported":
+                self._take_order(levels, message)
                 return  # acknowledged once it is carried out
-            if levels[0] == "replay":
-                self._take_replay(levels[1], message)
-            else:
-                self._take_command(levels[1], message)
+            self._take_other(levels, message)
         except InspectorError as error:
             self.refuse(levels[1], error)
         except (ArithmeticError, TypeError, ValueError) as error:  # never die of a message: it would come again for ever
@@ -301,14 +348,23 @@ class Broker:
             self.refuse(levels[1], InspectorError(f"{message.topic}: {error}"))
         self.connection.acknowledge(message.ack)
 
+    def _take_other(self, levels: tuple[str, ...], message: Message) -> None:
+        if levels[0] in ("config", "bundle"):
+            self._take_report(levels, message)
+            return
+        message.check(messages.MAX_REQUEST_BYTES)
+        if levels[0] == "replay":
+            self._take_replay(levels[1], message)
+        else:
+            self._take_command(levels[1], message)
+
     def refuse(self, station: str, error: InspectorError) -> None:
         """Count a message that is not taken, and tell people; of several within a second one."""
         self.refused += 1
-        now = time.monotonic()
-        if now - self._alerted_s < 1.0:
+        untold = self._refusals.told()
+        if untold is None:
             return
-        self._alerted_s = now
-        log.warning("message refused: %s", error)
+        log.warning("message refused%s: %s", besides(untold), error)
         at = utc_now()
         self.alert(
             Alert(
@@ -316,13 +372,15 @@ class Broker:
                 change="raised",
                 code="bad_message",
                 severity="off_spec",
-                text=str(error)[:1000],
+                text=f"{str(error)[:1000]}{besides(untold)}",
                 at=at,
                 expires_at=at + timedelta(seconds=ALERT_EXPIRES_S),
             )  # fmt: skip
         )
 
-    def _take_order(self, message: Message) -> None:
+    def _take_order(self, levels: tuple[str, ...], message: Message) -> None:
+        is_desired = levels[-1] == "desired"
+        message.check(MAX_BYTES if is_desired else messages.MAX_REQUEST_BYTES, retained=is_desired)
         try:
             self.orders.put_nowait(message)
         except queue.Full:
@@ -351,14 +409,26 @@ class Broker:
         if len(self._replays) < 2 * REPLAYS:
             self._replays.append(replay)
 
+    def _take_report(self, levels: tuple[str, ...], message: Message) -> None:
+        """What the broker holds of us; what comes as we say it is no news."""
+        known = levels in self.reported or len(self.reported) < REPORTS
+        if message.retain and message.payload and known:
+            self.reported[levels] = messages.decode(_Seen, message.payload, message.topic, MAX_REPORT_BYTES).seen
+
     def _take_command(self, name: str, message: Message) -> None:
-        command = messages.decode(Command, message.payload, message.topic)
-        error = None
         try:
-            messages.named(self.stations, command.station).command(name, command.product)
-        except SchemaError:
+            if self._commands is None:
+                raise InspectorError("no commands are taken here")
+            command, reply = self._commands.answered(name, message.payload, message.topic, partial(self._carry_out, name))
+        except InspectorError as error:
+            asked = messages.decode(_Asked, message.payload, message.topic)
+            refused = ReplyError(code="refused", message=error.message, hint=error.hint)
+            self._sent_aside(
+                self.topics.of("reply", asked.client),
+                messages.encode(Reply(request_id=asked.request_id, ok=False, error=refused)),
+            )
             raise
-        except InspectorError as refusal:
-            error = ReplyError(code="refused", message=refusal.message, hint=refusal.hint)
-        reply = Reply(request_id=command.request_id, ok=error is None, error=error)
         self._sent_aside(self.topics.of("reply", command.client), messages.encode(reply))
+
+    def _carry_out(self, name: str, command: Command) -> None:
+        messages.named(self.stations, command.station).command(name, command.product)

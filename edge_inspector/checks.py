@@ -24,6 +24,8 @@ from edge_inspector.errors import CameraError, InspectorError
 from edge_inspector.frames import Pixels
 from edge_inspector.installation import install
 from edge_inspector.mqtt import probe, read_password, tls_context
+from edge_inspector.remote.authority import trust_of
+from edge_inspector.signatures import ORDERS
 
 if TYPE_CHECKING:
     from edge_inspector.cameras import Info, Source
@@ -53,7 +55,7 @@ def check_device(config: Path) -> list[Finding]:
         device = load_device(config)
     except InspectorError as error:
         return [_faulty(str(config), error)]
-    findings = [Finding(str(config), True, "valid"), _broker(device)]
+    findings = [Finding(str(config), True, "valid"), _broker(device), *_orders(device)]
     try:
         line = load_line(device.line_file)
     except InspectorError as error:
@@ -79,6 +81,30 @@ def _broker(device: Device) -> Finding:
         return Finding(thing, True, f"answers, {probe(broker, password=password, tls=context)}")
     except InspectorError as error:
         return _faulty(thing, error)
+
+
+def _orders(device: Device) -> Iterator[Finding]:
+    """Who may change this device from afar."""
+    thing, trust = "remote orders", trust_of(device)
+    if trust is None:
+        text = "not signed: whoever may publish at the broker changes this line and commands it"
+        yield Finding(thing, True, text, "leave remote.require_signature out of device.yaml")
+        return
+    try:
+        keys = trust.keys()
+    except InspectorError as error:
+        yield _faulty(thing, error)
+        return
+    signers = {key: found for key, found in keys.items() if found.purposes & set(ORDERS)}
+    told = [f"key {key}: {', '.join(p for p in ORDERS if p in found.purposes)}" for key, found in signers.items()]
+    opened = ", ".join(device.config.remote.open_commands)
+    text = "; ".join([*told, *([f"open to all: {opened}"] if opened else [])])
+    hint = f"edge-inspector keygen keys/orders.key --trust {trust.folder} --purposes {','.join(ORDERS)}"
+    yield Finding(thing, True, text or "no key signs them: nothing is changed from afar", "" if told else hint)
+    for key, found in keys.items():
+        if found.unmarked and trust.folder.resolve() == device.trust.resolve() and "configuration" in found.purposes:
+            hint = "a line above the key in its .pub file says what it is for: purposes: bundle, configuration, confirm"
+            yield Finding(f"key {key}", True, "signs bundles and orders, as it always has", hint)
 
 
 def _bundle(device: Device, name: str, bundles: dict[str, Bundle]) -> Finding:

@@ -124,11 +124,19 @@ class OutputConfig(Model):
         return self
 
 
+CommandName = Literal["select-product", "halt", "start", "self-test"]
+
+
 class RemoteConfig(Model):
     """What may be changed over MQTT, and by whom."""
 
-    require_signature: bool = Field(False, description="orders must be signed by a key of `trust`")
+    require_signature: bool = Field(
+        True, description="orders and commands must be signed by a key of `trust` that has the purpose; false: health says so"
+    )
     trust: str = Field("trust", description="folder of public keys (*.pub) whose orders are carried out")
+    open_commands: tuple[CommandName, ...] = Field(
+        (), max_length=16, description="commands that need no signature: whoever may publish may give them"
+    )
     ca_file: str | None = Field(None, description="of servers that bundles are fetched from; none: the system's")
 
 

@@ -30,8 +30,9 @@ from edge_inspector.mqtt import Will
 from edge_inspector.outbox import Outbox
 from edge_inspector.outputs import Outputs
 from edge_inspector.recorder import Voice
+from edge_inspector.remote.authority import Authority
+from edge_inspector.remote.commands import Commands
 from edge_inspector.remote.configuration import Configuration
-from edge_inspector.remote.orders import Authority
 from edge_inspector.runtime import Pool
 from edge_inspector.setting import Setting
 from edge_inspector.standing import Orders
@@ -85,7 +86,9 @@ class _Alarms:
 class _Line:
     """One line configuration in force: its stations, broker and outbox, from start to stop or reload."""
 
-    def __init__(self, device: Device, setup: Setup, stack: ExitStack, pools: dict[str, Pool], orders: Orders) -> None:
+    def __init__(
+        self, device: Device, setup: Setup, stack: ExitStack, pools: dict[str, Pool], orders: Orders, authority: Authority
+    ) -> None:
         self.device, self.setup, self._orders = device, setup, orders
         line = setup.line
         orders.use(line.stations)
@@ -118,8 +121,9 @@ class _Line:
         self.outputs = {name: Outputs(name, config) for name, config in device.config.outputs.items() if name in line.stations}
         self.stations = {name: Station(name, config, self._setting(name, config)) for name, config in line.stations.items()}
         self.broker = Broker(
-            self.connection, topics, self.outbox, self.stations, tick=self.watchdog.loop("broker"), hears=heard.connected.is_set
-        )
+            self.connection, topics, self.outbox, self.stations, Commands(authority, self.session),
+            tick=self.watchdog.loop("broker"), hears=heard.connected.is_set,
+        )  # fmt: skip
         self.handshake = Handshake(
             heard, topics, self.outbox, self.stations, self.broker.refuse, tick=self.watchdog.loop("handshake")
         )
@@ -273,15 +277,14 @@ def run(
     `until_ended`: stop by itself once every station has judged its recording. Raises InspectorError.
     """
     with _alone(device), _pools() as pools:
-        trust = device.path(device.config.remote.trust) if device.config.remote.require_signature else None
-        authority = Authority(topics_of(device).device_path, trust)
+        authority = Authority.of(device)
         configuration = Configuration(device.state / "configuration.json", partial(load_line, device.line_file), authority)
         updates = Updates(device, configuration, authority, pools, stop)
         orders = Orders(device.state / "orders.json")
         while not stop.is_set():
             with ExitStack() as stack:
                 try:
-                    current = _Line(device, updates.setup, stack, pools, orders)
+                    current = _Line(device, updates.setup, stack, pools, orders, authority)
                 except InspectorError as error:
                     if updates.failed(error):
                         continue

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
@@ -25,13 +26,20 @@ from edge_inspector.messages import Topics, TriggerRequest, VerdictMessage
 from edge_inspector.mqtt import Connection, Message
 from edge_inspector.outbox import Outbox
 from edge_inspector.results import Reason, Result, Verdict
-from edge_inspector.schema import read_json, validate
+from edge_inspector.schema import TolerantModel, read_json, validate
 from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
 
 _WAIT_S = 0.25
 _REDELIVER_S = 2.0
+_REFUSED_S, _DETAIL = 1.0, 300
+
+
+class _Asked(TolerantModel):
+    """What a trigger that is wrong elsewhere needs, to be answered."""
+
+    trigger_id: messages.PlainId
 
 
 class TriggerTaker(Protocol):
@@ -147,7 +155,19 @@ class Handshake:
 
     def _refused(self, station: str, error: InspectorError, message: Message) -> None:
         self._refuse(station, error)
+        if not message.retain:  # who kept a trigger for later is not asked for it every time
+            self._answer(station, error, message)
         self.connection.acknowledge(message.ack)
+
+    def _answer(self, station: str, error: InspectorError, message: Message) -> None:
+        """Tell a controller that no part is inspected for its trigger: undecided, where the verdict would come."""
+        with suppress(InspectorError):  # nobody can be answered
+            asked = messages.decode(_Asked, message.payload, message.topic, messages.MAX_REQUEST_BYTES)
+            refused = VerdictMessage(
+                station=station, trigger_id=asked.trigger_id, verdict=Verdict.UNDECIDED, reason=Reason.REFUSED,
+                detail=str(error)[:_DETAIL], expires_at=utc_now() + timedelta(seconds=_REFUSED_S),
+            )  # fmt: skip
+            self.connection.publish(self.topics.of("verdict", station), messages.encode(refused), expires_s=_REFUSED_S)
 
     def _journalled(self, name: str, trigger: Trigger, coming: int, message: Message, future: Future[Journalled]) -> None:
         """On disk (this is the committer's thread): now it may be acknowledged and acted on."""

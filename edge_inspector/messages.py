@@ -19,6 +19,7 @@ from edge_inspector.signatures import Signature
 
 ROOT = "ei/v1"
 MAX_REQUEST_BYTES = 8192
+MAX_REPORT_BYTES = 1 << 18
 MAX_VERSION = 2**53
 PlainId = Annotated[str, Field(pattern=r"^[\x21-\x7e]+$", min_length=1, max_length=128)]
 TopicLevel = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)]
@@ -85,6 +86,7 @@ class VerdictMessage(TolerantModel):
     verdict: Verdict
     reason: Reason
     repeated: bool = Field(False, description="the answer to a trigger id that was judged before")
+    detail: str | None = Field(None, description="what is wrong with a trigger that was refused")
     expires_at: Moment
 
 
@@ -239,12 +241,18 @@ class Alert(TolerantModel):
 
 
 class Command(TolerantModel):
-    """command/{name}; the answer goes to reply/{client}."""
+    """command/{name}; the answer goes to reply/{client}. Signed, unless device.yaml opens it: then all is needed."""
 
-    request_id: PlainId
+    request_id: PlainId = Field(description="a signed one is carried out once in a session, and answered again as it was")
     client: TopicLevel
     station: PlainId
     product: PlainId | None = None
+    command: str = Field("", max_length=64, description="its name, as in the topic; needed where it is signed, as all below")
+    by: PlainId | None = Field(None, description="who gives it; may be left out")
+    device: str = Field("", max_length=200, description="SITE/LINE/DEVICE: it holds there only")
+    session: str = Field("", max_length=64, description="of the device, as in `state`: it holds until the next one only")
+    expires_at: Moment | None = Field(None, description="void from then on; an hour ahead at most")
+    signature: Signature | None = Field(None, description="over `signed_bytes` of the rest")
 
 
 class ReplyError(TolerantModel):
@@ -288,6 +296,7 @@ class Confirm(Order):
 
     schema_: Literal["ei.confirm.v1"] = Field("ei.confirm.v1", alias="schema")
     subject: str = Field("", max_length=128, description="configuration, or bundle/NAME; needed where it is signed")
+    trial: str = Field("", max_length=64, description="its id, as reported; needed where it is signed")
     version: int = Field(ge=1, le=MAX_VERSION)
     action: Literal["confirm", "cancel", "reset"] = Field(
         description="confirm or cancel the one on trial; reset: from the remote one in force back to the device's own"
@@ -323,6 +332,7 @@ class AuditEntry(TolerantModel):
 class TrialFacts(TolerantModel):
     """What is on trial."""
 
+    id: str = Field("", description="another one for each trial: a signed confirmation names it")
     version: int
     hash: str
     by: str

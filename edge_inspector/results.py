@@ -47,6 +47,8 @@ class Reason(str, Enum):
     NOT_RECORDED = "not_recorded"
     INVALID_TRIGGER = "invalid_trigger"
     TRIGGER_ID_REUSED = "trigger_id_reused"
+    REFUSED = "refused"
+    """The trigger was not taken: no part was inspected, there is no record."""
 
 
 def rfc3339(moment: datetime) -> str:

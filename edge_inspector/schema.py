@@ -7,6 +7,7 @@ duplicate keys, no dates, and only `true` and `false` are booleans (`no` is a wo
 from __future__ import annotations
 
 import json
+import math
 import re
 import typing
 from difflib import get_close_matches
@@ -20,6 +21,8 @@ from edge_inspector.errors import Fault, SchemaError
 __all__ = ["MAX_BYTES", "Field", "Model", "TolerantModel", "json_schema", "read_json", "read_yaml", "validate"]
 
 MAX_BYTES = 64 * 1024
+MAX_FAULTS = 100
+"""That are told; whoever sends thousands costs no more."""
 _SHOWN = 60
 
 
@@ -113,11 +116,19 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    """Numbers that are too large become endless: they could be read, and never written as JSON again."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large a number")
+    return number
+
+
 def read_json(data: bytes, source: str, limit: int = MAX_BYTES) -> object:
     """Parse JSON bytes (at most 64 KB, unless said otherwise) into plain values. Raises SchemaError."""
     text = _bounded(data, source, limit)
     try:
-        return _sound(json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant), source)
+        return _sound(json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite), source)
     except (ValueError, RecursionError) as error:
         raise SchemaError(source, [Fault("", f"not JSON: {error}")]) from error
 
@@ -152,26 +163,108 @@ def _suggestion(word: str, allowed: list[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}" if allowed else ""
 
 
+_WORDS = {
+    "missing": "is required",
+    "bool_type": "must be true or false",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a number that is not endless",
+    "string_type": "must be a text",
+    "model_type": "must be a section with keys of its own",
+    "dict_type": "must be a section with keys of its own",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "string_too_short": "must have at least {min_length} character(s)",
+    "string_too_long": "must have at most {max_length} characters",
+    "too_short": "must have at least {min_length} entries",
+    "too_long": "must have at most {max_length} entries",
+    "timezone_aware": "must say its time zone, as in 2026-11-23T08:15:30.123Z",
+    "timezone_naive": "must say no time zone",
+}
+"""What is wrong, by pydantic's kind of fault."""
+_FAMILIES = {
+    "int_": _WORDS["int_type"],
+    "float_": _WORDS["float_type"],
+    "bool_": _WORDS["bool_type"],
+    "string_": _WORDS["string_type"],
+    "datetime_": "must be a time, as in 2026-11-23T08:15:30.123Z",
+    "date_": "must be a time, as in 2026-11-23T08:15:30.123Z",
+    "model_": _WORDS["model_type"],
+    "dict_": _WORDS["dict_type"],
+}
+_PATTERNS = {
+    r"^[a-z0-9]+(-[a-z0-9]+)*$": "must be small letters and digits, with single hyphens between them, as in press-1",
+    r"^[\x21-\x7e]+$": "must be letters, digits and signs of ASCII, without blanks",
+    r"^[A-Za-z0-9_-]+$": "must be letters of ASCII, digits, - and _",
+    r"^[0-9a-f]{16}$": "must be 16 digits of 0-9 and a-f",
+    r"^[0-9a-f]{64}$": "must be 64 digits of 0-9 and a-f",
+    r"^[0-9]+\.[0-9]+\.[0-9]+$": "must be a version of three numbers, as in 1.2.0",
+}
+_SCALARS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
+"""Names that pydantic gives the members of a union, within a fault's place."""
+
+
+def _found(value: object) -> str:
+    """What a document says, as it could stand in it."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return ""
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def _problem(error: Any) -> str:
+    """A fault in plain words, never pydantic's."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])  # our own validators' words
+    if kind == "string_pattern_mismatch":
+        return _PATTERNS.get(context["pattern"], "has characters that may not stand here")
+    if kind in _WORDS:
+        return _WORDS[kind].format(**{name: _plain(value) for name, value in context.items()})
+    return next((words for family, words in _FAMILIES.items() if kind.startswith(family)), "cannot be used here")
+
+
+def _plain(value: object) -> object:
+    return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else value
+
+
 def _fault(model: type[BaseModel], error: Any) -> Fault:
     location = tuple(error["loc"])
     path = ".".join(str(part) for part in location if part != "[key]")
-    kind, found = error["type"], repr(error["input"])
-    found = found if len(found) <= _SHOWN else found[: _SHOWN - 1] + "…"
+    kind, found = error["type"], _found(error["input"])
     if kind == "missing":
-        return Fault(path, "is required")
+        return Fault(path, _problem(error))
     if kind == "extra_forbidden":
         return Fault(path, "unknown key", suggestion=_suggestion(str(location[-1]), _known_keys(model, location[:-1])))
     if kind in ("literal_error", "enum"):
         allowed = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
-        return Fault(
-            path,
-            f"must be one of {', '.join(allowed)}",
-            found,
-            _suggestion(str(error["input"]), allowed) if get_close_matches(str(error["input"]), allowed, n=1) else "",
-        )
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    return Fault(path, message.replace("input should be", "must be"), found)
+        near = get_close_matches(str(error["input"]), allowed, n=1)
+        suggestion = _suggestion(str(error["input"]), allowed) if near else ""
+        return Fault(path, f"must be one of {', '.join(allowed)}", found, suggestion)
+    return Fault(path, _problem(error), found)
+
+
+def _faults(model: type[BaseModel], errors: list[Any]) -> list[Fault]:
+    """One fault for each place: a value that is none of several kinds has pydantic's for each of them."""
+    faults, places = [], dict[tuple[Any, ...], list[str]]()
+    for error in errors:
+        location = tuple(error["loc"])
+        if len(location) > 1 and location[-1] in _SCALARS and error["type"].endswith("_type"):
+            places.setdefault(location[:-1], []).append(location[-1])
+    for error in errors:
+        location = tuple(error["loc"])
+        kinds = places.get(location[:-1], [])
+        if len(kinds) < 2 or location[-1] not in kinds:
+            faults.append(_fault(model, error))
+        elif location[-1] == kinds[0]:
+            words = f"must be {' or '.join(_SCALARS[kind] for kind in kinds)}"
+            faults.append(Fault(".".join(map(str, location[:-1])), words, _found(error["input"])))
+    return faults
 
 
 def validate(model: type[M], data: object, source: str) -> M:
@@ -179,7 +272,9 @@ def validate(model: type[M], data: object, source: str) -> M:
     try:
         return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        faults = [_fault(model, one) for one in error.errors(include_url=False)]
+        errors = error.errors(include_url=False)
+        faults = _faults(model, errors[:MAX_FAULTS])
+        faults += [Fault("", f"{len(errors) - MAX_FAULTS} more faults")] if len(errors) > MAX_FAULTS else []
         raise SchemaError(source, faults) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise SchemaError(source, [Fault("", str(error))]) from error

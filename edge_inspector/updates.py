@@ -21,8 +21,8 @@ from edge_inspector.evidence import EvidenceStore
 from edge_inspector.inspector import Inspectors
 from edge_inspector.messages import Cause, PhaseFacts
 from edge_inspector.mqtt import Message
+from edge_inspector.remote.authority import Authority
 from edge_inspector.remote.configuration import Candidate, Configuration
-from edge_inspector.remote.orders import Authority
 from edge_inspector.remote.rollout import RATE_PARTS, Rollout, Wanted
 from edge_inspector.runtime import Engine, Pool
 from edge_inspector.shadow import Comparison, Shadow
@@ -33,6 +33,8 @@ from edge_inspector.wiring import Setup, inspectors_of
 log = logging.getLogger(__name__)
 
 _TIMED = 5
+_ORDERS = 16
+"""Taken at a time: the thread that takes them has to look after the line, too."""
 
 
 class RunningLine(Protocol):
@@ -91,6 +93,9 @@ class Updates:
         """What judges, by its setup: of the one in force, one that is tried, and the one that a rollback leads to."""
         self._began: tuple[RunningLine | None, dict[str, tuple[int, int]]] = None, {}
         """Parts passed and failed by each station when the trial of a bundle began on this line."""
+        self._listened = False
+        self._heard: dict[str, int] = {}
+        """By bundle: up to which release orders are taken, as the broker holds it."""
         self._unswept = False
         self._refused: list[Cause] = []
 
@@ -107,7 +112,7 @@ class Updates:
     def causes(self) -> list[Cause]:
         """What people should know of updates."""
         told = [cause for rollout in self._rollouts.values() for cause in rollout.trials.causes()]
-        return [*self._refused, *self._configuration.causes(), *told]
+        return [*self._refused, *self._configuration.causes(), *told, *_open_to_all(self._device)]
 
     def failed(self, error: InspectorError) -> bool:
         """The line could not be started; returns whether there is another setup now."""
@@ -132,22 +137,54 @@ class Updates:
     def step(self, current: RunningLine, failures: set[str]) -> bool:
         """Do what is due; returns whether the line must be made anew to have the setup that is to be in force."""
         self._tick(current, failures)
-        self._take_orders(current)
+        has_listened = self._listen(current)
+        if has_listened:
+            self._take_orders(current)
         self._prepare(current)
         self._compare(current)
         wanted = self.setup
         anew = not wanted.is_same(current.setup) and not self._swapped(current, wanted)
-        broker = current.broker
-        broker.retain(self._configuration.report(), "config", "reported")
-        for name, rollout in self._rollouts.items():
-            broker.retain(rollout.report(), "bundle", name, "reported")
+        if has_listened:
+            self._report(current.broker)
         self._sweep(current)
         return anew
+
+    def _listen(self, current: RunningLine) -> bool:
+        """Take over what the broker holds of our own reports: our state folder may be an older copy, put back.
+
+        Returns whether it was listened to long enough: no order is taken before, and no report of ours replaces it.
+        """
+        for levels, seen in current.broker.reported.copy().items():
+            if levels[0] == "config":
+                self._configuration.hear(seen)
+            else:
+                self._heard[levels[1]] = seen
+        for name, rollout in self._rollouts.items():
+            rollout.hear(self._heard.get(name, 0))
+        self._listened = self._listened or current.broker.has_listened
+        return self._listened
+
+    def _report(self, broker: Broker) -> None:
+        broker.retain(self._configuration.report(), "config", "reported")
+        for name, rollout in list(self._rollouts.items()):
+            if self._is_here(name) or not rollout.is_untouched:
+                broker.retain(rollout.report(), "bundle", name, "reported")
+            elif not self._is_wanted(name):
+                broker.forget("bundle", name, "reported")
+                del self._rollouts[name]
+
+    def _is_here(self, bundle: str) -> bool:
+        """Whether what is in force, or what a rollback leads to, judges with a bundle."""
+        return bundle in self._configuration.line.bundles or bundle in self._configuration.good_line.bundles
+
+    def _is_wanted(self, bundle: str) -> bool:
+        candidate = self._configuration.candidate
+        return candidate is not None and bundle in candidate.line.bundles
 
     # --- orders
 
     def _take_orders(self, current: RunningLine) -> None:
-        while True:
+        for _ in range(_ORDERS):
             try:
                 order = current.broker.orders.get_nowait()
             except queue.Empty:
@@ -163,7 +200,7 @@ class Updates:
         levels = current.broker.topics.within(order.topic)
         if levels[0] == "config":
             self._configuration.take(levels[1], order.payload, again=order.retain, busy=self._busy(self._configuration))
-        elif levels[1] in current.setup.line.bundles or levels[1] in self._rollouts:
+        elif self._is_here(levels[1]) or levels[1] in self._rollouts:
             rollout = self._rollout(levels[1])
             rollout.take(levels[2], order.payload, again=order.retain, busy=self._busy(rollout))
         else:
@@ -373,3 +410,10 @@ def _refuse_late(engine: Engine, station: str, expires_ms: int) -> None:
             f"its network takes {needed_ms:.0f} ms here; at station {station} a verdict may take {expires_ms} ms in all",
             hint="train a smaller one: train --latency-ms",
         )
+
+
+def _open_to_all(device: Device) -> list[Cause]:
+    if device.config.remote.require_signature:
+        return []
+    text = "remote.require_signature is false: whoever may publish at the broker changes this line and commands it"
+    return [Cause(code="unsigned_orders", severity="maintenance_required", thing="device.yaml", text=text)]

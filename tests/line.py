@@ -105,14 +105,19 @@ class Mosquitto:
             self.process.wait(10)
 
 
+UNSIGNED = "remote: {require_signature: false}\n"
+"""Tests of other things need not sign what they order."""
+
+
 def device_folder(folder: Path, port: int, line: str, *, extra: str = "") -> Path:
     """device.yaml, line.yaml, the shipped bundle and the key it is trusted by."""
     folder.mkdir(parents=True, exist_ok=True)
+    unsigned = "" if "remote:" in extra else UNSIGNED
     (folder / "device.yaml").write_text(
         "schema: ei.device.v1\n"
         "identity: {site: plant, line: line, device: edge}\n"
         f"broker: {{host: 127.0.0.1, port: {port}, keepalive_s: 5}}\n"
-        f"trust: {ENGINES / 'trust'}\nbundles: {ENGINES}\n{extra}"
+        f"trust: {ENGINES / 'trust'}\nbundles: {ENGINES}\n{unsigned}{extra}"
     )
     (folder / "line.yaml").write_text(line)
     return folder

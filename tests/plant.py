@@ -12,7 +12,7 @@ from typing import Any
 
 from edge_inspector import pictures, signatures
 from edge_inspector.results import Result
-from tests.line import Listener, device_folder, subscribing, until
+from tests.line import UNSIGNED, Listener, device_folder, subscribing, until
 from tests.tiny import picture, tiny_bundle
 
 LINE = """\
@@ -44,7 +44,9 @@ class Plant:
         line = LINE.format(pictures=folder / "pictures", expires_ms=expires_ms)
         self.device = device_folder(folder / "device", port, line)
         text = (self.device / "device.yaml").read_text().splitlines()[:3]
-        (self.device / "device.yaml").write_text("\n".join([*text, f"trust: {self.made / 'trust'}", f"bundles: {self.made}\n"]))
+        (self.device / "device.yaml").write_text(
+            "\n".join([*text, f"trust: {self.made / 'trust'}", f"bundles: {self.made}", UNSIGNED])
+        )
         self._number = itertools.count()
 
     def release(self, number: int, **changes: Any) -> Path:

@@ -16,10 +16,11 @@ from edge_inspector.broker import Broker
 from edge_inspector.config import BrokerConfig
 from edge_inspector.demo import EmbeddedBroker
 from edge_inspector.errors import BrokerError
+from edge_inspector.messages import BundleReported
 from edge_inspector.mqtt import Connection, Message, probe, read_password, tls_context
 from edge_inspector.outbox import Outbox
 from edge_inspector.results import Reason, Result, Verdict
-from tests.line import TOPICS, Mosquitto, collected, free_port, subscribing, until
+from tests.line import TOPICS, Mosquitto, collected, free_port, listening, subscribing, until
 
 NOW = datetime.now(timezone.utc)
 
@@ -210,3 +211,36 @@ def test_a_subscriber_skips_only_what_the_quota_dropped(sending: tuple[Outbox, B
     assert seqs == sorted(set(seqs))
     assert set(range(100, 8001, 100)) <= set(seqs)
     assert subscriber.skipped > 0
+
+
+def test_what_is_taken_back_is_gone_from_the_broker_and_from_memory(
+    sending: tuple[Outbox, Broker], mosquitto: Mosquitto
+) -> None:
+    _, broker = sending
+    levels = ("bundle", "glass", "reported")
+    broker.retain(BundleReported(bundle="glass", source="local", release=1, good_release=1, seen=1), *levels)
+    topic = TOPICS.of(*levels)
+    until(lambda: topic in broker._told, what="told")
+    broker.forget(*levels)
+    until(lambda: topic not in broker._retained, what="forgotten")
+    with listening(mosquitto.port) as listener:
+        until(lambda: listener.of("head"), what="what is retained")
+        assert not listener.of("bundle")
+
+
+def test_what_the_broker_holds_of_us_is_heard_before_anything_else(tmp_path: Path, any_broker_port: int) -> None:
+    with listening(any_broker_port) as listener:
+        for name in ("config", "bundle/paper", *(f"bundle/forged-{n}" for n in range(300))):
+            listener.say({"seen": 7, "more": 1}, *name.split("/"), "reported", retain=True)
+        listener.say(b"{", "bundle", "broken", "reported", retain=True)
+        time.sleep(0.3)
+    connection = Connection(config(any_broker_port), "device", subscriptions=Broker.subscriptions(TOPICS))
+    with Outbox(tmp_path, ["sheet"], quota_mb=4) as outbox, connection, Broker(connection, TOPICS, outbox, {}) as broker:
+        assert not broker.has_listened
+        until(lambda: broker.has_listened, what="time to listen")
+        assert broker.reported["config", "reported"] == 7
+        assert len(broker.reported) <= 256, "whoever may publish fills no memory"
+        with listening(any_broker_port) as listener:
+            listener.say({"seen": 99}, "config", "reported")
+            time.sleep(0.3)
+        assert broker.reported["config", "reported"] == 7, "what is said now is no memory of ours"

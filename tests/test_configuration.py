@@ -11,8 +11,8 @@ import pytest
 from edge_inspector import durable
 from edge_inspector.config import parse_line
 from edge_inspector.errors import InspectorError
+from edge_inspector.remote.authority import Authority
 from edge_inspector.remote.configuration import Configuration
-from edge_inspector.remote.orders import Authority
 
 FAULT = {"s/top: camera_fault"}
 
@@ -178,3 +178,14 @@ def test_the_time_of_a_trial_goes_on_over_a_restart(machine: Machine) -> None:
     machine.now_s += 2
     machine.start()
     assert machine.outcome == "rolled_back"
+
+
+def test_a_trial_that_an_older_version_of_the_program_began_goes_on(machine: Machine) -> None:
+    machine.want(document(4))
+    path = machine.folder / "configuration.json"
+    state = json.loads(path.read_text())
+    del state["trial"]["id"]
+    path.write_text(json.dumps(state))
+    machine.start()
+    machine.passes(1)
+    assert machine.confirm(4) == "committed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -107,6 +108,32 @@ def test_what_waits_for_the_disk_counts_as_not_heard(tmp_path: Path, mosquitto: 
         listener.say({"trigger_id": "T-3"}, "trigger", "sheet")
         until(lambda: "T-3" in [told["trigger_id"] for told in listener.of("verdict", "sheet")], what="the last one")
         until(lambda: station.coming.heard_s() > time.monotonic() - 0.1, what="nothing that waits, after those refused")
+
+
+def test_a_trigger_that_is_refused_is_answered(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    config, station = BrokerConfig(host="127.0.0.1", port=mosquitto.port), _Answering()
+    refused: list[str] = []
+    with listening(mosquitto.port) as listener:
+        listener.say({"trigger_id": "T-old"}, "trigger", "nowhere", retain=True)
+        with (
+            Outbox(tmp_path, ["sheet"], quota_mb=4) as outbox,
+            Connection(config, "edge-handshake", subscriptions=Handshake.subscriptions(TOPICS)) as heard,
+            Handshake(heard, TOPICS, outbox, {"sheet": station}, lambda *told: refused.append(str(told))) as station.handshake,
+        ):
+            until(heard.connected.is_set, what="connection")
+            listener.say({"trigger_id": "T-1"}, "trigger", "nowhere")
+            listener.say({"trigger_id": "T-2", "product": 7}, "trigger", "sheet")
+            for silent in ({"trigger_id": "\u00fc"}, {"trigger_id": 3}, {"trigger_id": "T-3", "more": "x" * 9000}, ["T-4"]):
+                listener.say(json.dumps(silent).encode(), "trigger", "nowhere")
+            listener.say({"trigger_id": "T-5"}, "trigger", "sheet")
+            until(lambda: len(listener.of("verdict")) == 3, what="verdicts")
+            until(lambda: len(refused) == 7, what="refusals")
+        told = {verdict["trigger_id"]: verdict for verdict in listener.of("verdict")}
+        assert set(told) == {"T-1", "T-2", "T-5"}, "one that the broker had kept is no trigger of anybody now"
+        assert (told["T-1"]["station"], told["T-1"]["verdict"], told["T-1"]["reason"]) == ("nowhere", "undecided", "refused")
+        assert "stations here: sheet" in told["T-1"]["detail"]
+        assert "product: must be a text" in told["T-2"]["detail"]
+        assert told["T-5"]["reason"] == "above_threshold"
 
 
 class _Doorkeeper(Proxy):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "edge_inspector"
 LINES = [
-    {"errors", "threads", "durable", "installation"},
+    {"errors", "threads", "durable", "installation", "flood"},
     {"schema"},
     {"frames", "results", "graphs", "tiff"},
     {"formats"},

@@ -14,7 +14,13 @@ from edge_inspector.config import load_device
 from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, until
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "engines" / "README.md", ROOT / "systemd" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "ARCHITECTURE.md",
+    ROOT / "SECURITY.md",
+    ROOT / "engines" / "README.md",
+    ROOT / "systemd" / "README.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

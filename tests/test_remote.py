@@ -153,6 +153,7 @@ def test_what_is_wrong_is_told_with_its_place_and_changes_nothing(tmp_path: Path
         told = reported(listener)
         assert (told["version"], told["source"]) == (3, "local")
         assert listener.of("state")[-1]["configuration_version"] == 3
+        assert not listener.of("bundle", "glass"), "what was rejected leaves nothing at the broker"
 
 
 def test_stations_may_change_too_and_what_fails_on_trial_is_rolled_back(tmp_path: Path, mosquitto: Mosquitto) -> None:
@@ -204,7 +205,7 @@ def test_a_configuration_that_ends_the_daemon_is_rolled_back_at_its_third_start(
 
 
 def test_a_device_may_require_signatures(tmp_path: Path, mosquitto: Mosquitto) -> None:
-    signatures.create_key(tmp_path / "boss.key", tmp_path / "fleet")
+    signatures.create_key(tmp_path / "boss.key", tmp_path / "fleet", signatures.ORDERS)
     signatures.create_key(tmp_path / "other.key", tmp_path / "nowhere")
     remote = f"remote: {{require_signature: true, trust: {tmp_path / 'fleet'}}}\n"
     folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml(LOOPING), extra=remote)

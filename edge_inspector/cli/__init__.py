@@ -9,7 +9,7 @@ import threading
 
 import typer
 
-from edge_inspector.cli import judging, offline, online, remote, service
+from edge_inspector.cli import asking, judging, offline, online, remote, service
 from edge_inspector.cli.shown import complain
 from edge_inspector.errors import EngineLost, InspectorError
 from edge_inspector.threads import Thread
@@ -47,6 +47,8 @@ for _offline_verb in (
 
 
 app.command()(remote.rollout)
+app.command()(asking.trigger)
+app.command()(asking.command)
 app.add_typer(remote.app)
 app.add_typer(service.app)
 

@@ -286,12 +286,20 @@ def generate(
 def keygen(
     private: Annotated[Path, typer.Argument(help="file for the private key")] = _KEY,
     trust: TrustOption = _TRUST,
+    purposes: Annotated[
+        str, typer.Option(help="what it is trusted for: one or more of bundle, configuration, confirm, command, label")
+    ] = "bundle",
 ) -> None:
-    """Make a signing key; its public half goes into the trust folder."""
-    from edge_inspector.signatures import create_key  # noqa: PLC0415
+    """Make a signing key; its public half goes into the trust folder, with what it is trusted for."""
+    from edge_inspector.signatures import PURPOSES, create_key  # noqa: PLC0415
 
-    identity = create_key(private, trust)
-    out.print(f"key {identity}: keep {private} secret; copy the .pub in {trust} to devices that shall trust it")
+    words = [word.strip() for word in purposes.split(",")]
+    wanted = [purpose for purpose in PURPOSES if purpose in words]
+    if strange := sorted(set(words) - set(wanted)):
+        raise InspectorError(f"--purposes {purposes}: {', '.join(strange)}?", hint=f"there are: {','.join(PURPOSES)}")
+    identity = create_key(private, trust, wanted)
+    out.print(f"key {identity}, for {', '.join(wanted)}: keep {private} secret; copy the .pub in {trust} to devices that "
+              "shall trust it")  # fmt: skip
 
 
 def sign(bundle: BundleArgument, key: Annotated[Path, typer.Option(help="signing key")] = _KEY) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
+import secrets
 import signal
 import tempfile
 import threading
@@ -40,9 +41,10 @@ from edge_inspector.installation import install, program
 def init(
     folder: Annotated[Path, typer.Argument(help="where to put the configuration")] = Path(),
 ) -> None:
-    """Write a commented device.yaml and line.yaml, and a signing key that this device trusts."""
-    from edge_inspector import signatures  # noqa: PLC0415 - verbs load what they need
+    """Write a commented device.yaml and line.yaml, and two keys that this device trusts: of bundles and of orders."""
+    from edge_inspector.signatures import BUNDLES, ORDERS, create_key  # noqa: PLC0415 - verbs load what they need
 
+    device = f"edge-{secrets.token_hex(3)}"  # two of one name on one broker would take each other's orders
     for name in ("device.yaml", "line.yaml"):
         if (folder / name).exists():
             raise InspectorError(f"{folder / name}: exists already", hint="init never overwrites; choose another folder")
@@ -50,13 +52,18 @@ def init(
         for part in ("bundles", "trust", "keys"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         for name in ("device.yaml", "line.yaml"):
-            (folder / name).write_text(resources.files("edge_inspector.cli").joinpath(f"templates/{name}").read_text())
+            text = resources.files("edge_inspector.cli").joinpath(f"templates/{name}").read_text()
+            (folder / name).write_text(text.replace("device: edge-1\n", f"device: {device}\n"))
     except OSError as error:
         raise InspectorError(f"{folder}: {error.strerror}", hint="choose a folder that can be written") from error
-    key = folder / "keys" / "signing.key"
-    if not key.exists():
-        signatures.create_key(key, folder / "trust")
-    err.print(f"wrote {folder / 'device.yaml'}, {folder / 'line.yaml'} and {key}, which this device trusts")
+    for name, purposes in (("signing", BUNDLES), ("orders", ORDERS)):
+        key = folder / "keys" / f"{name}.key"
+        if not key.exists():
+            create_key(key, folder / "trust", purposes)
+    err.print(
+        f"wrote {folder / 'device.yaml'} (device {device}), {folder / 'line.yaml'} and, in {folder / 'keys'}, two keys that"
+    )
+    err.print("this device trusts: signing.key signs bundles, orders.key what is changed and commanded from afar")
     err.print("next:")
     err.print("  edge-inspector train PICTURES_OF_GOOD_PARTS --product my-product   (makes bundles/my-product)")
     err.print("  edge-inspector check                                               (says what is missing)")

@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import re
+import secrets
 import socket
 import sys
 import time
@@ -23,10 +24,11 @@ from edge_inspector.bundles import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from edge_inspector.cli.shown import ConfigOption, JsonOption, err, out, phases, print_json, progress_bar
 from edge_inspector.config import Device, DeviceConfig, LineConfig, load_device, parse_line, read_document
 from edge_inspector.errors import InspectorError
-from edge_inspector.messages import AuditEntry, BundleDesired, BundleReported, ConfigDesired, ConfigReported
+from edge_inspector.messages import AuditEntry, BundleDesired, BundleReported, ConfigDesired, ConfigReported, Topics
+from edge_inspector.mqtt import Connection
 from edge_inspector.remote.client import CONFIGURATION, Difference, R, Remote, differences
 from edge_inspector.schema import read_json, read_yaml, validate
-from edge_inspector.signatures import read_private_key
+from edge_inspector.signatures import Ed25519PrivateKey, read_private_key
 
 app = typer.Typer(
     name="remote",
@@ -35,11 +37,14 @@ app = typer.Typer(
 )
 DeviceOption = Annotated[str | None, typer.Option("--device", help="SITE/LINE/DEVICE [the one of device.yaml]")]
 BrokerOption = Annotated[str | None, typer.Option("--broker", help="HOST or HOST:PORT [the one of device.yaml]")]
-KeyOption = Annotated[Path | None, typer.Option("--key", help="signs the order; needed where the device requires it")]
+KeyOption = Annotated[
+    Path | None, typer.Option("--key", help="signs it [keys/orders.key beside device.yaml, where there is one]")
+]
 ByOption = Annotated[str | None, typer.Option("--by", help="for the audit trail [user@machine]")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="do not ask")]
 BundleOption = Annotated[str | None, typer.Option("--bundle", help="of this bundle, not of the line configuration")]
 Reported = ConfigReported | BundleReported
+ORDERS_KEY = Path("keys") / "orders.key"
 _ANSWER_S = 8.0
 _STAYS = (
     "the order stays at the broker: the device takes it when it can; edge-inspector remote show tells, remote cancel ends it"
@@ -62,14 +67,30 @@ class Address:
     @contextmanager
     def reached(self, model: type[R], subject: str) -> Iterator[Remote[R]]:
         """A connection to it. Raises InspectorError."""
+        with self.connected(f"remote-{secrets.token_hex(4)}", lambda topics: Remote.subscriptions(topics, subject)) as reached:
+            yield Remote(*reached, model, subject, by=self.name, key=self.signer)
+
+    @contextmanager
+    def connected(self, client: str, subscriptions: Callable[[Topics], tuple[str, ...]]) -> Iterator[tuple[Connection, Topics]]:
+        """A connection to its broker. Raises InspectorError."""
         from edge_inspector.wiring import connection_of, topics_of  # noqa: PLC0415 - loads OpenCV and ONNX Runtime
 
         found = _addressed(self.config, self.device, self.broker)
-        name = re.sub(r"[^\x21-\x7e]", "-", self.by or f"{_user()}@{socket.gethostname()}")[:128]
-        signer = read_private_key(self.key) if self.key is not None else None
-        topics, client = topics_of(found), f"remote-{socket.gethostname()}-{id(found):x}"
-        with connection_of(found, client, Remote.subscriptions(topics, subject), durable=False) as connection:
-            yield Remote(connection, topics, model, subject, by=name, key=signer)
+        topics = topics_of(found)
+        with connection_of(found, client, subscriptions(topics), durable=False) as connection:
+            yield connection, topics
+
+    @property
+    def name(self) -> str:
+        """Who orders it."""
+        return re.sub(r"[^\x21-\x7e]", "-", self.by or f"{_user()}@{socket.gethostname()}")[:128]
+
+    @property
+    def signer(self) -> Ed25519PrivateKey | None:
+        """The key named, or that which `init` has put beside device.yaml. Raises SignatureError."""
+        beside = self.config.parent / ORDERS_KEY
+        key = self.key or (beside if os.path.exists(beside) else None)  # noqa: PTH110 - Path.exists raises where it may not look
+        return read_private_key(key) if key is not None else None
 
 
 def _user() -> str:

@@ -136,8 +136,9 @@ def _readable(folder: Path) -> None:
     for key in (folder / "keys").glob("*.key"):
         if key.stat().st_mode & 0o077:
             raise InspectorError(f"{key}: others can read it", hint=f"chmod 600 {key}, or take it away")
-    looked_at = [folder.parent, folder, folder / "device.yaml", device.line_file, device.trust, device.bundles]
-    for path in (*looked_at, *device.trust.rglob("*"), *device.bundles.rglob("*")):
+    trusted = {device.trust, device.folder / device.config.remote.trust}
+    looked_at = [folder.parent, folder, folder / "device.yaml", device.line_file, *sorted(trusted), device.bundles]
+    for path in (*looked_at, *(key for place in trusted for key in place.rglob("*")), *device.bundles.rglob("*")):
         needed = 0o005 if path.is_dir() else 0o004
         if path.exists() and path.stat().st_mode & needed != needed:
             raise InspectorError(

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from pydantic import BaseModel
+
 from edge_inspector import messages, signatures
 from edge_inspector.errors import BrokerError, SchemaError
 from edge_inspector.messages import (
+    MAX_REPORT_BYTES,
     BundleDesired,
     BundleReported,
     ConfigDesired,
@@ -25,13 +28,28 @@ from edge_inspector.schema import MAX_BYTES
 from edge_inspector.signatures import Ed25519PrivateKey
 
 CONFIGURATION = "configuration"
-MAX_REPORT_BYTES = 1 << 18
 _WAIT_S, _CONNECT_S = 0.2, 8.0
 _CONFIRM_EXPIRES_S = 60.0
 """A confirmation must not wait for a device that comes back: what it was about may have changed."""
 
 
 R = TypeVar("R", ConfigReported, BundleReported)
+S = TypeVar("S", bound=BaseModel)
+
+
+def signed(order: S, key: Ed25519PrivateKey | None) -> S:
+    """An order or command with its signature; as it is without a key."""
+    if key is None:
+        return order
+    values = order.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return order.model_copy(update={"signature": signatures.sign(messages.signed_bytes(values), key)})
+
+
+def refuse_unconnected(connection: Connection, timeout_s: float) -> None:
+    """Wait for the broker. Raises BrokerError."""
+    if not connection.connected.wait(min(timeout_s, _CONNECT_S)):
+        refusal = connection.refusal or connection.endpoint
+        raise BrokerError(f"no broker: {refusal}", hint="--broker, or broker: in device.yaml, says where it is")
 
 
 def _levels(subject: str) -> tuple[str, ...]:
@@ -88,9 +106,7 @@ class Remote(Generic[R]):
         hint: str = "does it run, and are site, line and device right? edge-inspector watch shows what it says",
     ) -> R:
         """Wait until the device reports something; `tell` gets each report on the way. Raises BrokerError after `timeout_s`."""
-        if not self.connection.connected.wait(min(timeout_s, _CONNECT_S)):
-            refusal = self.connection.refusal or self.connection.endpoint
-            raise BrokerError(f"no broker: {refusal}", hint="--broker, or broker: in device.yaml, says where it is")
+        refuse_unconnected(self.connection, timeout_s)
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             self._receive()
@@ -108,14 +124,14 @@ class Remote(Generic[R]):
 
     def decide(self, version: int, action: Literal["confirm", "cancel", "reset"]) -> None:
         """Confirm or cancel what is on trial, or reset to what the device has of its own. Raises BrokerError."""
-        self._send(Confirm(by=self.by, subject=self.subject, version=version, action=action), "confirm", retain=False)
+        trial = self._reported.trial if self._reported is not None else None
+        named = trial.id if trial is not None and trial.version == version else ""
+        order = Confirm(by=self.by, subject=self.subject, version=version, action=action, trial=named)
+        self._send(order, "confirm", retain=False)
 
     def _send(self, order: Order, level: str, *, retain: bool) -> None:
         order = order.model_copy(update={"by": self.by, "device": self.topics.device_path})
-        if self._key is not None:
-            values = order.model_dump(mode="json", by_alias=True, exclude_none=True)
-            order = order.model_copy(update={"signature": signatures.sign(messages.signed_bytes(values), self._key)})
-        payload = messages.encode(order)
+        payload = messages.encode(signed(order, self._key))
         if len(payload) > MAX_BYTES:
             raise BrokerError(f"the order has {len(payload)} bytes, {MAX_BYTES} may be sent", hint="shorten the document")
         topic, expires_s = self.topics.of(*_levels(self.subject), level), None if retain else _CONFIRM_EXPIRES_S

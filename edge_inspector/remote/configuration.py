@@ -13,11 +13,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edge_inspector.config import LineConfig, parse_line
-from edge_inspector.errors import Fault, InspectorError, SchemaError
+from edge_inspector.errors import Fault, InspectorError, SchemaError, SignatureError
 from edge_inspector.messages import Cause, ConfigDesired, ConfigReported, Confirm
-from edge_inspector.remote.orders import Authority
+from edge_inspector.remote.authority import Authority
 from edge_inspector.remote.trial import TOLD, Kept, Trials, boot_time
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,10 @@ class Configuration:
         """Versions up to this one are taken."""
         return max(self.trials.seen, self.line.version)
 
+    def hear(self, seen: int) -> None:
+        """The broker holds a report of ours that knows of versions up to this one."""
+        self.trials.hear(seen, self.seen)
+
     def causes(self) -> list[Cause]:
         """What people should know."""
         causes = self.trials.causes()
@@ -111,8 +116,19 @@ class Configuration:
         except SchemaError as error:
             self._answered = digest if kind == "desired" else self._answered
             self.trials.note(by, "rejected", "not as it should be", faults=error.faults)
+        except SignatureError as error:
+            if not (again and self._decided(values)):  # from before signatures were required, and carried out then
+                self.trials.note(by, "refused", str(error))
         except InspectorError as error:
             self.trials.note(by, "refused", str(error))
+
+    def _decided(self, values: dict[str, Any]) -> bool:
+        """Whether this very document was decided on before, whoever sends it."""
+        try:
+            line = parse_line(values.get("line"), "config/desired")
+        except SchemaError:
+            return False
+        return self.trials.knows(line.version, line.reference().hash)
 
     def _desired(self, order: ConfigDesired, busy: str, *, again: bool) -> None:
         line = parse_line(order.line, "config/desired")
@@ -185,7 +201,7 @@ class Configuration:
             self.trials.decide(order.by, "cancelled", why, order.version, digest, seen=order.version, attempt=(0, 0))
             self.candidate = None
         else:
-            self.trials.confirm(order)
+            self.trials.confirm(order, named=self._authority.trust is not None)
 
     def _reset(self, order: Confirm) -> None:
         if not self.is_remote or order.version != self.line.version:

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_inspector.bundles import Bundle, open_bundle, signed_manifest
-from edge_inspector.errors import BundleUnsupported, InspectorError, SchemaError, SourceUnreachable
+from edge_inspector.errors import BundleUnsupported, InspectorError, SchemaError, SignatureError, SourceUnreachable
 from edge_inspector.messages import BundleDesired, BundleReported, Confirm, PhaseFacts, ShadowFacts
+from edge_inspector.remote.authority import Authority
 from edge_inspector.remote.fetch import Tell, fetch
-from edge_inspector.remote.orders import Authority
-from edge_inspector.remote.trial import TOLD, Kept, Trials, boot_time
+from edge_inspector.remote.trial import TOLD, Kept, State, Trials, boot_time
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,11 @@ class Rollout:
         return self._place(good.version) if good is not None and good.source == "remote" else None
 
     @property
+    def is_untouched(self) -> bool:
+        """Whether nothing was ever ordered of it that is on disk, or is being tried."""
+        return self.candidate is None and self.trials.state == State()
+
+    @property
     def order(self) -> BundleDesired | None:
         """Of the release on trial."""
         trial = self.trials.trial
@@ -80,6 +85,10 @@ class Rollout:
     def seen(self) -> int:
         """Releases up to this one are taken."""
         return max(self.trials.seen, self._own_release or 0)
+
+    def hear(self, seen: int) -> None:
+        """The broker holds a report of ours that knows of releases up to this one."""
+        self.trials.hear(seen, self.seen)
 
     def report(self) -> BundleReported:
         """For the retained topic."""
@@ -112,13 +121,17 @@ class Rollout:
         except SchemaError as error:
             self._answered = digest if kind == "desired" else self._answered
             self.trials.note(by, "rejected", "not as it should be", faults=error.faults)
+        except SignatureError as error:
+            decided = self.trials.knows(values.get("release", 0), _digest(values.get("release"), values.get("source")))
+            if not (again and decided):  # from before signatures were required, and carried out then
+                self.trials.note(by, "refused", str(error))
         except InspectorError as error:
             self.trials.note(by, "refused", str(error))
 
     def _desired(self, order: BundleDesired, busy: str, *, again: bool) -> None:
         if order.bundle != self.name:
             raise InspectorError(f"for bundle {order.bundle}, this is {self.name}")
-        digest = hashlib.sha256(f"{order.release} {order.source}".encode()).hexdigest()[:12]
+        digest = _digest(order.release, order.source)
         if self.trials.knows(order.release, digest):
             if not again:
                 self.trials.note(order.by, "stale", "this very one was decided on before", order.release, digest)
@@ -202,7 +215,7 @@ class Rollout:
             self.trials.decide(order.by, "cancelled", why, order.version, candidate.hash, seen=order.version, attempt=(0, 0))
             self.candidate, self.phase = None, None
         else:
-            self.trials.confirm(order)
+            self.trials.confirm(order, named=self._authority.trust is not None)
 
     def _reset(self, order: Confirm) -> None:
         kept = self.trials.in_force
@@ -232,3 +245,8 @@ class Rollout:
             return signed_manifest(self.own, self._trust).release
         except (InspectorError, OSError):
             return None  # the station that needs it says what is wrong with it
+
+
+def _digest(release: object, source: object) -> str:
+    """What an order says, apart from how it is to be tried."""
+    return hashlib.sha256(f"{release} {source}".encode()).hexdigest()[:12]

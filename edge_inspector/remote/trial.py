@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 from edge_inspector import durable
 from edge_inspector.errors import Fault, InspectorError
+from edge_inspector.flood import Flood, besides
 from edge_inspector.frames import utc_now
 from edge_inspector.messages import AuditEntry, Cause, Confirm, FaultFacts, Outcome, TrialFacts
 from edge_inspector.results import Moment
@@ -38,6 +40,8 @@ FAILURE_S = 15.0
 HISTORY, TOLD = 50, 10
 LEAP = 10**9
 _FAULTS, _TEXT = 16, 300
+_WANTED = ("preparing", "rolled_back", "cancelled")
+"""What is noted of orders that were taken: never many."""
 
 
 class Kept(Model):
@@ -53,6 +57,8 @@ class Kept(Model):
 class Trial(Kept):
     """Something that is to be confirmed."""
 
+    id: str = ""
+    """Random, another one after each start: a confirmation of this trial is none of another."""
     confirm_s: int
     boot: str
     """Of the machine; the deadline counts in that boot's seconds."""
@@ -116,6 +122,8 @@ class Trials:
         self._failures: AbstractSet[str] = frozenset()
         self._starting: AbstractSet[str] = {"all"}
         self._failing = _Failing()
+        self._heard = 0
+        self._refusals = Flood()
         self._unwritten = False
         """A trial was given up, and the disk does not know it yet."""
         self.state = self._read()
@@ -136,7 +144,8 @@ class Trials:
     @property
     def seen(self) -> int:
         """Versions up to this one are taken."""
-        return max(self.state.seen, *(kept.version for kept in (self.state.good, self.state.trial) if kept is not None), 0)
+        kept = (self.state.good, self.state.trial)
+        return max(self.state.seen, self._heard, *(one.version for one in kept if one is not None), 0)
 
     def knows(self, version: int, digest: str) -> bool:
         """Whether this very thing was decided on before: after a restart the broker delivers an order once more."""
@@ -160,8 +169,21 @@ class Trials:
         if trial is None:
             return None
         return TrialFacts(
-            version=trial.version, hash=trial.hash, by=trial.by, deadline_at=trial.deadline_at, starts=trial.starts
-        )
+            id=trial.id, version=trial.version, hash=trial.hash, by=trial.by, deadline_at=trial.deadline_at,
+            starts=trial.starts,
+        )  # fmt: skip
+
+    def hear(self, seen: int, own: int) -> None:
+        """Take over up to which version orders are void, as the broker holds it: our state may be an older copy, put back.
+
+        `own`: what is taken here. One forged report must not use up all numbers there are.
+        """
+        if not own < seen <= own + LEAP:
+            return
+        log.warning("%s: the broker knows of version %d, we know of %d: older orders are void", self.what, seen, own)
+        self._heard = seen
+        with suppress(InspectorError):  # on a full disk it is heard again at the next start
+            self.save(seen=seen)
 
     # --- what is decided
 
@@ -192,7 +214,7 @@ class Trials:
         """Put it on trial. `before`: what is good until now. Raises InspectorError when that cannot be written."""
         boot, now_s = self._clock()
         trial = Trial(
-            **dict(wanted), confirm_s=confirm_s, boot=boot, deadline_s=now_s + confirm_s,
+            **dict(wanted), id=secrets.token_hex(8), confirm_s=confirm_s, boot=boot, deadline_s=now_s + confirm_s,
             deadline_at=utc_now() + timedelta(seconds=confirm_s), starts=0,
             failures=self.state.trial.failures if self.state.trial is not None else tuple(sorted(self._failures)),
         )  # fmt: skip
@@ -221,11 +243,16 @@ class Trials:
             self.state = self.state.model_copy(update={"trial": None, "history": history[-HISTORY:]})
             self._unwritten = True
 
-    def confirm(self, order: Confirm) -> None:
-        """Confirm or cancel what is on trial. Raises InspectorError."""
+    def confirm(self, order: Confirm, *, named: bool = False) -> None:
+        """Confirm or cancel what is on trial; `named`: the order must name the trial. Raises InspectorError."""
         trial = self.state.trial
         if trial is None or trial.version != order.version:
             raise InspectorError(f"{order.action} of version {order.version}, which is not on trial")
+        if order.trial != trial.id and (named or order.trial):
+            raise InspectorError(
+                f"{order.action} of trial {order.trial or '(none named)'}; on trial is {trial.id}",
+                hint="name the trial as it is reported: edge-inspector remote confirm does",
+            )
         if order.action == "cancel":
             self.roll_back("cancelled", "", by=order.by)
         elif new := self._new_failures(trial):
@@ -270,6 +297,7 @@ class Trials:
         if boot != trial.boot:  # for how long the machine was off is not known: the time begins anew
             until = {"deadline_s": now_s + trial.confirm_s, "deadline_at": utc_now() + timedelta(seconds=trial.confirm_s)}
             trial = trial.model_copy(update={"boot": boot, **until})
+        trial = trial.model_copy(update={"id": secrets.token_hex(8)})  # the state folder may be an older copy, put back
         starts = trial.starts + 1
         if now_s >= trial.deadline_s:
             self.roll_back("rolled_back", _unconfirmed(trial.confirm_s))
@@ -295,7 +323,10 @@ class Trials:
     ) -> None:
         """Tell what changes nothing; not kept, so that no flood of bad orders washes out the audit trail."""
         self.last = _entry(by, outcome, reason, version, digest, faults)
-        log.info("%s, order of %s: %s %s", self.what, by, outcome.replace("_", " "), reason)
+        untold = 0 if outcome in _WANTED else self._refusals.told()
+        if untold is not None:
+            words = (self.what, _line(by), outcome.replace("_", " "), _line(reason), besides(untold))
+            log.info("%s, order of %s: %s %s%s", *words)
 
     def save(self, **changes: Any) -> None:
         """Write the state with these changes, then take it as ours. Raises InspectorError; then nothing has changed."""

@@ -23,8 +23,8 @@ from edge_inspector import durable
 from edge_inspector.config import LineConfig, parse_line
 from edge_inspector.errors import InspectorError
 from edge_inspector.remote import configuration, trial
+from edge_inspector.remote.authority import Authority
 from edge_inspector.remote.configuration import Configuration
-from edge_inspector.remote.orders import Authority
 from edge_inspector.remote.trial import FAILURE_S
 from edge_inspector.schema import read_yaml
 from tests.faults.crashes import Crash, Disk, Schedule

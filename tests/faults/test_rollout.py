@@ -23,7 +23,7 @@ from edge_inspector import durable
 from edge_inspector.bundles import open_bundle
 from edge_inspector.errors import InspectorError
 from edge_inspector.remote import fetch, rollout, trial
-from edge_inspector.remote.orders import Authority
+from edge_inspector.remote.authority import Authority
 from edge_inspector.remote.rollout import Rollout
 from tests.faults.crashes import Crash, Disk, Schedule
 from tests.line import DaemonProcess, Mosquitto, listening, until
