@@ -17,10 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_inspector.errors import Fault, SchemaError
 
-__all__ = ["MAX_BYTES", "Field", "Model", "TolerantModel", "json_schema", "read_json", "read_yaml", "validate"]
+__all__ = [
+    "MAX_BYTES", "Field", "Model", "TolerantModel", "block", "flow", "json_schema", "read_json", "read_yaml", "validate",
+]  # fmt: skip
 
 MAX_BYTES = 64 * 1024
 _SHOWN = 60
+_ADDRESSES = ("uri", "source")
+"""Fields that may hold a password."""
+_WRONG_TYPES = ("model_type", "dict_type", "model_attributes_type", "tuple_type", "list_type")
 
 
 class Model(BaseModel):
@@ -100,6 +105,18 @@ def read_yaml(data: bytes, source: str) -> object:
         raise SchemaError(source, [Fault("", f"not YAML: {str(error).splitlines()[0]}")]) from error
 
 
+def flow(values: object) -> str:
+    """Plain values as one line of YAML, to be put into a document."""
+    text: str = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf"))
+    return text.strip()
+
+
+def block(values: object) -> str:
+    """Plain values as lines of YAML, to be put into a document."""
+    text: str = yaml.safe_dump(values, default_flow_style=None, sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
@@ -152,11 +169,22 @@ def _suggestion(word: str, allowed: list[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}" if allowed else ""
 
 
+def _found(location: tuple[Any, ...], kind: str, value: object) -> str:
+    """A value as a fault tells it: never an address, nor what holds one or stands where a mapping should."""
+    if (location and location[-1] in _ADDRESSES) or isinstance(value, dict):
+        return ""
+    if isinstance(value, str) and kind in _WRONG_TYPES:
+        return "a text"
+    found = repr(value)
+    if isinstance(value, list) and any(isinstance(one, (str, dict, list)) for one in value):
+        return "a list"
+    return found if len(found) <= _SHOWN else found[: _SHOWN - 1] + "…"
+
+
 def _fault(model: type[BaseModel], error: Any) -> Fault:
     location = tuple(error["loc"])
     path = ".".join(str(part) for part in location if part != "[key]")
-    kind, found = error["type"], repr(error["input"])
-    found = found if len(found) <= _SHOWN else found[: _SHOWN - 1] + "…"
+    kind, found = error["type"], _found(location, error["type"], error["input"])
     if kind == "missing":
         return Fault(path, "is required")
     if kind == "extra_forbidden":

@@ -9,11 +9,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "edge_inspector"
 LINES = [
-    {"errors", "threads", "durable"},
+    {"errors", "threads", "durable", "confinement"},
     {"schema"},
     {"frames", "results", "graphs"},
-    {"roi", "signatures"},
+    {"roi", "signatures", "addresses"},
     {"recipes", "bundles", "messages", "pictures"},
+    {"door"},
     {"config"},
     {"matching", "outputs", "preprocess", "scoring", "systemd", "documents", "trends"},
     {"cameras", "runtime", "outbox", "mqtt"},

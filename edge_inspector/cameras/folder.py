@@ -9,8 +9,10 @@ import cv2
 import numpy as np
 
 from edge_inspector import pictures
-from edge_inspector.cameras.source import Address, Info, check_format
+from edge_inspector.cameras.ffmpeg import RECORDINGS, restricted
+from edge_inspector.cameras.source import Info, check_format
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import Admit
 from edge_inspector.errors import CameraEnded, CameraError, PictureError
 from edge_inspector.frames import Frame, Pixels, frozen, utc_now
 from edge_inspector.results import Reason
@@ -55,20 +57,20 @@ class Pace:
 class FolderSource:
     """The pictures of a folder, in name order. An unreadable one is a broken frame, never left out."""
 
-    def __init__(self, config: CameraConfig, base: Path) -> None:
-        self.config, self.base = config, base
+    def __init__(self, config: CameraConfig, admit: Admit) -> None:
+        self.config, self._admit = config, admit
         self._seq = 0
         self._at = 0
 
     def open(self) -> Info:
         """List the pictures; the first readable one tells size and depth. Raises CameraError."""
-        address = Address.of(self.config.uri)
-        address.known("fps", "loop")
+        self._admitted = self._admit(self.config)
+        address = self._admitted.address
         self._loop = address.number("loop", 0) > 0
         fps = address.number("fps", 0)
         self._pace = Pace(fps)
         try:
-            self._paths = pictures.listed(address.path(self.base))
+            self._paths = [self._admitted.refuse_outside(path) for path in pictures.listed(self._admitted.path)]
             first = next((image for image in map(_readable, self._paths) if image is not None), None)
         except PictureError as error:
             raise CameraError(f"{self.config.name}: {error.message}", hint=error.hint) from error
@@ -90,7 +92,7 @@ class FolderSource:
         self._at += 1
         self._seq += 1
         try:
-            image = frozen(pictures.read(path))
+            image = frozen(pictures.read(self._admitted.refuse_outside(path)))
         except PictureError as error:
             return broken_frame(self._seq - 1, path.stem, error.message)
         return Frame(image, self._seq - 1, time.monotonic(), utc_now(), source_id=path.stem)
@@ -112,22 +114,22 @@ def _readable(path: Path) -> Pixels | None:
 class VideoSource:
     """The frames of a video file."""
 
-    def __init__(self, config: CameraConfig, base: Path) -> None:
-        self.config, self.base = config, base
+    def __init__(self, config: CameraConfig, admit: Admit) -> None:
+        self.config, self._admit = config, admit
         self._seq = 0
         self._capture: cv2.VideoCapture | None = None
 
     def open(self) -> Info:
         """Open the file and look at its first frame. Raises CameraError."""
-        address = Address.of(self.config.uri)
-        address.known("fps", "loop")
-        self._path = address.path(self.base)
+        admitted = self._admit(self.config)
+        address, self._path = admitted.address, admitted.path
         self._loop = address.number("loop", 0) > 0
         fps = address.number("fps", 0)
         self._pace = Pace(fps)
         if not self._path.is_file():
             raise CameraError(f"{self.config.name}: no such file", hint="file:// plays a video, dir:// a folder of pictures")
-        self._capture = cv2.VideoCapture(str(self._path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+        with restricted(RECORDINGS):
+            self._capture = cv2.VideoCapture(str(self._path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
         done, first = self._capture.read()
         if not done:
             raise CameraError(f"{self.config.name}: not a video that OpenCV can read")
