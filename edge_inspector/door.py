@@ -195,7 +195,7 @@ class Door:
     def _pipeline(self, address: Address) -> Admitted:
         pipeline = self.sources.gst.get(address.place)
         if pipeline is None:
-            name = address.place if address.told != "gst" else "NAME"
+            name = address.place if address.told != "gst" else "name"
             raise NotListed(
                 address.told, "a pipeline stands in device.yaml under a name, which line.yaml gives",
                 {"gst": {name: "PIPELINE"}}, uri=f"gst:{name}",
@@ -208,7 +208,7 @@ class Door:
         if file is None:
             raise NotListed(
                 address.told, "a producer stands in device.yaml under a name, which line.yaml gives",
-                {"gentl": {"NAME": address.options.get("cti") or "FILE.cti"}}, uri=f"gentl://{address.place}?producer=NAME",
+                {"gentl": {"name": address.options.get("cti") or "FILE.cti"}}, uri=f"gentl://{address.place}?producer=name",
             )  # fmt: skip
         address.refuse_strange()
         self._refuse_unconfined(address, f"producer {address.options['producer']}")

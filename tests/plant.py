@@ -44,7 +44,9 @@ class Plant:
         line = LINE.format(pictures=folder / "pictures", expires_ms=expires_ms)
         self.device = device_folder(folder / "device", port, line)
         text = (self.device / "device.yaml").read_text().splitlines()[:3]
-        (self.device / "device.yaml").write_text("\n".join([*text, f"trust: {self.made / 'trust'}", f"bundles: {self.made}\n"]))
+        (self.device / "device.yaml").write_text(
+            "\n".join([*text, f"trust: {self.made / 'trust'}", f"bundles: {self.made}", "sources: {folders: [/]}", ""])
+        )
         self._number = itertools.count()
 
     def release(self, number: int, **changes: Any) -> Path:

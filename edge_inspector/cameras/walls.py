@@ -16,10 +16,13 @@ _NAMES_PORT = 53
 
 def walls_of(admitted: Admitted, own: Path, cache: Path) -> Walls:
     """What the process of this camera may do."""
-    folders, scheme = (str(own), str(cache)), admitted.address.scheme
+    folders: tuple[str, ...] = (str(own), str(cache))
+    scheme = admitted.address.scheme
     if scheme in STREAMS:
         reads = (*used_by_python(), *folders)
         return Walls(folders, ("/dev/null",), reads, (admitted.address.port, _NAMES_PORT), alone=True)
+    if scheme == "pylon":  # whose library keeps its locks there
+        folders += ("/dev/shm",)
     ports = () if scheme in ("v4l2", "aravis", "gige", "u3v") else None
     return Walls(folders, ("/dev/null", *_devices(admitted)), None, ports)
 
