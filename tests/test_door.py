@@ -197,7 +197,7 @@ def test_faults_of_a_document_tell_no_address() -> None:
         {"a": {"uri": f"dir://{SECRET}", "user": "x"}},
     ):  # fmt: skip
         with pytest.raises(SchemaError) as caught:
-            _line(cameras)  # type: ignore[arg-type]
+            _line(cameras)
         assert SECRET not in str(caught.value)
 
 

@@ -22,7 +22,7 @@ def walls_of(admitted: Admitted, own: Path, cache: Path) -> Walls:
         reads = (*used_by_python(), *folders)
         return Walls(folders, ("/dev/null",), reads, (admitted.address.port, _NAMES_PORT), alone=True)
     if scheme == "pylon":  # whose library keeps its locks there
-        folders += ("/dev/shm",)
+        folders += ("/dev/shm",)  # noqa: S108 - a file system, not a name
     ports = () if scheme in ("v4l2", "aravis", "gige", "u3v") else None
     return Walls(folders, ("/dev/null", *_devices(admitted)), None, ports)
 
