@@ -13,19 +13,23 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_inspector import health, outputs
+from edge_inspector import confinement, health, outputs
 from edge_inspector.bundles import Bundle, in_folder, open_bundle
 from edge_inspector.config import Device, LineConfig, load_device, load_line
+from edge_inspector.door import Listing, Sources, listing
 from edge_inspector.errors import CameraError, InspectorError
 from edge_inspector.frames import Pixels
 from edge_inspector.installation import install
 from edge_inspector.mqtt import probe, read_password, tls_context
 from edge_inspector.remote.authority import trust_of
+from edge_inspector.replay import setup_in_force
+from edge_inspector.schema import block
 from edge_inspector.signatures import ORDERS
+from edge_inspector.wiring import door_of
 
 if TYPE_CHECKING:
     from edge_inspector.cameras import Info, Source
@@ -61,6 +65,7 @@ def check_device(config: Path) -> list[Finding]:
     except InspectorError as error:
         return [*findings, _faulty(str(device.line_file), error)]
     findings.append(Finding(str(device.line_file), True, f"valid, version {line.version}"))
+    findings += _walls(line)
     bundles: dict[str, Bundle] = {}
     for name in sorted(line.bundles):
         findings.append(_bundle(device, name, bundles))
@@ -125,13 +130,23 @@ def _bundle(device: Device, name: str, bundles: dict[str, Bundle]) -> Finding:
     )
 
 
+def _walls(line: LineConfig) -> Iterator[Finding]:
+    """What the kernel does not do for cameras' processes; nothing where all is well."""
+    from edge_inspector.cameras import is_isolated  # noqa: PLC0415 - loads OpenCV
+
+    isolated = any(is_isolated(camera) for station in line.stations.values() for camera in station.cameras.values())
+    if isolated and not confinement.version():
+        yield Finding("cameras' processes", True, f"are not confined: {confinement.MISSING}")
+
+
 def _cameras(device: Device, line: LineConfig, bundles: dict[str, Bundle]) -> Iterator[Finding]:
     from edge_inspector.cameras import open_source  # noqa: PLC0415 - loads OpenCV
 
+    door = door_of(device)
     for station_name, station in line.stations.items():
         for name, camera in station.cameras.items():
             thing = f"camera {station_name}/{name}"
-            source = open_source(camera, device.folder)
+            source = open_source(camera, door.admit)
             try:
                 info = source.open()
                 image = _looked(source, info, camera.name)
@@ -144,6 +159,44 @@ def _cameras(device: Device, line: LineConfig, bundles: dict[str, Bundle]) -> It
                 source.close()
             for recipe_id in dict.fromkeys(station.products.values()):
                 yield from _recipe(line, recipe_id, name, image, bundles)
+
+
+def sources_section(config: Path) -> str:
+    """The section `sources` of device.yaml with all that the line in force names, as YAML. Raises InspectorError.
+
+    Pipelines and producers get the names of their cameras; how line.yaml must give these stands in comments.
+    """
+    device = load_device(config)
+    door, found = door_of(device), device.config.sources.model_dump(exclude_defaults=True, mode="json")
+    comments = []
+    for station_name, station in setup_in_force(device).line.stations.items():
+        for name, camera in station.cameras.items():
+            try:
+                door.judge(camera)
+            except CameraError as error:
+                needed = _listed(camera.uri, f"{station_name}-{name}", error)
+                _merge(found, needed.sources)
+                if needed.uri != camera.uri:
+                    comments.append(f"# stations.{station_name}.cameras.{name}.uri: {needed.uri}\n")
+    if comments:
+        comments.insert(0, "# and in line.yaml, or in what is sent by edge-inspector remote set:\n")
+    return block({"sources": found}) + "".join(comments)
+
+
+def _listed(uri: str, name: str, refusal: CameraError) -> Listing:
+    """What lists a camera that the door refuses; where nothing does, its refusal is raised."""
+    needed = listing(uri, name)
+    if needed.sources == Sources():
+        raise refusal
+    return needed
+
+
+def _merge(found: dict[str, Any], more: Sources) -> None:
+    for key, value in more.model_dump(exclude_defaults=True, mode="json").items():
+        if isinstance(value, dict):
+            found.setdefault(key, {}).update(value)
+        else:
+            found.setdefault(key, []).extend(one for one in value if one not in found.get(key, []))
 
 
 def _looked(source: Source, info: Info, name: str) -> Pixels:
@@ -236,6 +289,7 @@ def check_machine() -> list[Finding]:
         _gstreamer(),
         _package("gpiod", "gpiod", needed=False, hint=f"for wires to the line: {install('gpiod')}"),
         _local_broker(),
+        _landlock(),
         Finding(
             "clock",
             clock.ok,
@@ -320,6 +374,13 @@ def _gstreamer() -> Finding:
     except InspectorError as error:
         return Finding("GStreamer", False, error.message[:100], f"for csi:// and gst: {HINT}", needed=False)
     return Finding("GStreamer", True, "pipelines and a Jetson's own cameras: gst: and csi://", needed=False)
+
+
+def _landlock(*, needed: bool = False) -> Finding:
+    version = confinement.version()
+    text = f"version {version}: cameras' processes write only to their own folders" if version else confinement.MISSING
+    hint = "a newer kernel; until then pipelines and producers need sources: {unconfined: true} in device.yaml"
+    return Finding("Landlock", bool(version), text, "" if version else hint, needed=needed)
 
 
 def _local_broker() -> Finding:

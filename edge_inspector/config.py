@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from pydantic import field_validator, model_validator
 
+from edge_inspector.addresses import ALONE, GENICAM, SCHEMES, STREAMS, reported, scheme_of, told
+from edge_inspector.door import Sources
 from edge_inspector.errors import Fault, InspectorError, SchemaError
 from edge_inspector.recipes import Id, Recipe
 from edge_inspector.results import ConfigurationRef
 from edge_inspector.schema import Field, Model, read_yaml, validate
 
-GENICAM = ("aravis", "gige", "u3v", "pylon", "gentl")
-STREAMS = ("rtsp", "rtsps", "http", "https")
-ALONE = (*GENICAM, "v4l2", "csi")
-"""Cameras that only one can use."""
 GENICAM_SETTINGS = ("offset_x", "offset_y", "pixel_format", "exposure_us", "gain_db", "packet_size", "features")
 CREDENTIALS = "credentials"
 """Folder of passwords and keys in a device's folder."""
-SCHEMES = ("dir", "file", "synthetic", "v4l2", *STREAMS, "gst", "csi", *GENICAM)
+_CREDENTIAL = r"^credentials/[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Identity(Model):
@@ -159,6 +156,7 @@ class DeviceConfig(Model):
     line_file: str = "line.yaml"
     engine: EngineConfig = EngineConfig()
     remote: RemoteConfig = RemoteConfig()
+    sources: Sources = Field(Sources(), description="what line configurations and orders for bundles may name")
     metrics: MetricsConfig | None = Field(None, description="none: nothing is served")
     outputs: dict[Id, OutputConfig] = Field(default_factory=dict, max_length=32, description="by station")
 
@@ -177,6 +175,10 @@ class CameraConfig(Model):
     """One camera of a station."""
 
     uri: str
+    user: str | None = Field(None, min_length=1, max_length=256, description="of a stream, instead of one in its uri")
+    password_file: str | None = Field(
+        None, max_length=256, pattern=_CREDENTIAL, description="its first line is the user's password: credentials/FILE"
+    )
     policy: Literal["every", "latest"] = Field(
         "every", description="every: each frame is a part, overflow is counted; latest: older frames are skipped"
     )
@@ -202,27 +204,29 @@ class CameraConfig(Model):
     @model_validator(mode="after")
     def _genicam_only(self) -> CameraConfig:
         given = [name for name in GENICAM_SETTINGS if getattr(self, name) not in (None, {})]
-        if given and urlsplit(self.uri).scheme not in GENICAM:
+        if given and scheme_of(self.uri) not in GENICAM:
             raise ValueError(f"{', '.join(given)}: only cameras of {', '.join(f'{s}://' for s in GENICAM)} take these")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_only(self) -> CameraConfig:
+        if self.user is not None and scheme_of(self.uri) not in STREAMS:
+            raise ValueError(f"user: only cameras of {', '.join(f'{s}://' for s in STREAMS)} take one")
+        if self.password_file is not None and self.user is None:
+            raise ValueError("password_file: a user belongs to it")
         return self
 
     @property
     def name(self) -> str:
-        """The address for messages, which are published: user, password and options of streams masked."""
-        shown = re.sub(r"((?:user-)?(?:pw|password)=)\S+", r"\1***", re.sub(r"//[^/\s]*@", "//***@", self.uri))
-        return re.sub(r"([?&][^=&]*=)[^&]*", r"\1***", shown) if urlsplit(self.uri).scheme in STREAMS else shown
+        """What messages, which are published, call it: scheme and host, or the name of a listed source."""
+        return told(self.uri)
 
     @field_validator("uri")
     @classmethod
     def _known_scheme(cls, uri: str) -> str:
-        scheme = urlsplit(uri).scheme
-        if scheme not in SCHEMES:
+        if scheme_of(uri) not in SCHEMES:
             known = ", ".join(name + (":" if name == "gst" else "://") for name in SCHEMES)
             raise ValueError(f"camera URI must start with one of {known}")
-        if scheme == "gst" and not uri.removeprefix("gst:").strip():
-            raise ValueError("a pipeline is expected after gst: (gst:v4l2src ! jpegdec)")
-        if scheme == "gst" and re.search(r"\w*sink\b", uri):
-            raise ValueError("a pipeline is given without its sink: ours is added; none may write anywhere else")
         return uri
 
 
@@ -294,12 +298,12 @@ class LineConfig(Model):
         """Names of all bundles that its recipes use."""
         return {bundle for recipe in self.recipes.values() for bundle in recipe.bundles}
 
-    def document(self, *, masked: bool = False) -> dict[str, Any]:
-        """Its JSON values without what is left at its default; `masked`: without passwords of cameras."""
+    def document(self, *, reported_only: bool = False) -> dict[str, Any]:
+        """Its JSON values without what is left at its default; `reported_only`: addresses as a report tells them."""
         values: dict[str, Any] = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        for name, station in self.stations.items() if masked else ():
+        for name, station in self.stations.items() if reported_only else ():
             for camera, config in station.cameras.items():
-                values["stations"][name]["cameras"][camera]["uri"] = config.name
+                values["stations"][name]["cameras"][camera]["uri"] = reported(config.uri)
         return values
 
     def reference(self) -> ConfigurationRef:
@@ -310,9 +314,9 @@ class LineConfig(Model):
 
 def _trigger_faults(path: str, trigger: str, uri: str) -> list[Fault]:
     """A camera that waits for something else than its station does would never give an image."""
-    if urlsplit(uri).scheme not in GENICAM:
+    if scheme_of(uri) not in GENICAM:
         return []
-    found = dict(parse_qsl(urlsplit(uri).query)).get("trigger", "")
+    found = dict(parse_qsl(uri.partition("?")[2])).get("trigger", "")
     kind = "software" if found.lower() == "software" else "hardware" if found else "free"
     if kind == trigger or (kind == "free" and trigger == "software"):
         return []
@@ -349,7 +353,7 @@ def _faults(line: LineConfig) -> list[Fault]:
         faults += _station_faults(path, station)
         for camera_name, camera in station.cameras.items():
             here, place = f"{path}.cameras.{camera_name}", camera.uri.split("?")[0]
-            if urlsplit(camera.uri).scheme in ALONE and taken.setdefault(place, here) != here:
+            if scheme_of(camera.uri) in ALONE and taken.setdefault(place, here) != here:
                 faults.append(
                     Fault(f"{here}.uri", f"is the camera of {taken[place]}", "", "each camera belongs to one station")
                 )
@@ -406,6 +410,16 @@ class Device:
         self.trust = folder / config.trust
         self.bundles = folder / config.bundles
         self.line_file = folder / config.line_file
+
+    @property
+    def camera_folders(self) -> Path:
+        """Where each camera's process has its own folder."""
+        return self.state / "cameras"
+
+    @property
+    def cache(self) -> Path:
+        """What cameras' libraries find out once, so that they need not at every start."""
+        return Path(os.environ.get("XDG_CACHE_HOME") or self.state / "cache")
 
     def path(self, name: str | None) -> Path | None:
         """A path that the document names, or None. What lies in `credentials/` systemd hands over in a folder of its own."""

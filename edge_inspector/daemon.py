@@ -15,9 +15,9 @@ from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 
-from edge_inspector import health, messages, systemd
+from edge_inspector import confinement, health, messages, systemd
 from edge_inspector.broker import ALERT_EXPIRES_S, Broker
-from edge_inspector.cameras import Camera, open_source
+from edge_inspector.cameras import Camera, is_isolated, open_source
 from edge_inspector.config import Device, LineConfig, StationConfig, load_line
 from edge_inspector.errors import EngineLost, InspectorError
 from edge_inspector.evidence import EvidenceStore
@@ -38,7 +38,7 @@ from edge_inspector.setting import Setting
 from edge_inspector.standing import Orders
 from edge_inspector.station import Station
 from edge_inspector.updates import Updates
-from edge_inspector.wiring import Setup, connection_of, inspectors_of, topics_of
+from edge_inspector.wiring import Setup, connection_of, door_of, inspectors_of, refusals, topics_of
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,8 @@ class _Line:
         self.device, self.setup, self._orders = device, setup, orders
         line = setup.line
         orders.use(line.stations)
+        self._door = door_of(device)
+        shutil.rmtree(device.camera_folders, ignore_errors=True)  # what a crash left of cameras' processes
         self._pools = pools
         self.session = secrets.token_hex(4)
         self.watchdog = systemd.Watchdog(PATIENCE_S)
@@ -151,7 +153,9 @@ class _Line:
     def _setting(self, name: str, config: StationConfig) -> Setting:
         return Setting(
             outbox=self.outbox, evidence=self.evidence, configuration=self.setup.line.reference(), session=self.session,
-            make_source=lambda name: open_source(config.cameras[name], self.device.folder),
+            make_source=lambda camera: open_source(
+                config.cameras[camera], self._door.admit, self.device.camera_folders / f"{name}-{camera}", self.device.cache
+            ),
             inspectors=partial(inspectors_of, self.device, self.setup, name, self._pools.setdefault(name, Pool())),
             clock_ok=lambda: self._clock.ok,
             watch=self.watchdog.loop, forget=self.watchdog.forget, orders=self._orders, output=self.outputs.get(name),
@@ -204,6 +208,7 @@ class _Line:
         elif time.monotonic() - self._together_s > _APART_S:
             text = f"no trigger is heard and no verdict told: {self.handshake.connection.refusal}"
             causes.append(Cause(code="no_handshake", severity="failure", thing="device", text=text))
+        causes += _unconfined(self.setup.line)
         causes += [Cause(code="hanging", severity="failure", thing=name, text="does not answer") for name in hanging]
         self._clock = health.clock()
         self.alarms.update(causes)
@@ -248,6 +253,14 @@ class _Line:
         return "; ".join([*parts, broker, f"{self.outbox.counts.pending} results to send"])
 
 
+def _unconfined(line: LineConfig) -> Iterator[Cause]:
+    """Where the kernel puts no walls around cameras' processes."""
+    isolated = [camera for station in line.stations.values() for camera in station.cameras.values() if is_isolated(camera)]
+    if isolated and not confinement.version():
+        text = f"{confinement.MISSING}: the processes of {len(isolated)} cameras may write whatever the daemon may"
+        yield Cause(code="cameras_unconfined", severity="maintenance_required", thing="device", text=text)
+
+
 @contextmanager
 def _alone(device: Device) -> Iterator[None]:
     """Hold the state folder's lock. Raises InspectorError while another daemon holds it."""
@@ -278,7 +291,10 @@ def run(
     """
     with _alone(device), _pools() as pools:
         authority = Authority.of(device)
-        configuration = Configuration(device.state / "configuration.json", partial(load_line, device.line_file), authority)
+        configuration = Configuration(
+            device.state / "configuration.json", partial(load_line, device.line_file), authority,
+            refusals=partial(refusals, door_of(device)),
+        )  # fmt: skip
         updates = Updates(device, configuration, authority, pools, stop)
         orders = Orders(device.state / "orders.json")
         while not stop.is_set():

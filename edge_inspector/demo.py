@@ -37,6 +37,7 @@ broker: {{host: 127.0.0.1, port: {port}, protocol: "3.1.1"}}
 storage: {{folder: state}}
 trust: {trust}
 bundles: {bundles}
+sources: {{folders: ["{recording}"]}}
 """
 _LINE = """\
 schema: ei.line.v1
@@ -112,7 +113,7 @@ def assets(start: Path) -> Path:
 def prepare(folder: Path, engines: Path, port: int) -> Device:
     """Write the demo's device.yaml and line.yaml into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    fill = {"port": port, "trust": engines / "trust", "bundles": engines}
+    fill = {"port": port, "trust": engines / "trust", "bundles": engines, "recording": engines / RECORDING}
     (folder / "device.yaml").write_text(_DEVICE.format(**fill))
     (folder / "line.yaml").write_text(_LINE.format(recording=engines / RECORDING, bundle=BUNDLE))
     return load_device(folder / "device.yaml")

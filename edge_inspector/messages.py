@@ -352,7 +352,7 @@ class ConfigReported(TolerantModel):
     trial: TrialFacts | None = None
     last: AuditEntry | None = Field(None, description="the latest order and what became of it")
     history: tuple[AuditEntry, ...] = Field((), description="the audit trail, newest last")
-    line: dict[str, Any] = Field(description="the document in force, passwords of cameras masked")
+    line: dict[str, Any] = Field(description="the document in force; *** stands in addresses of cameras for what is not told")
 
 
 class BundleDesired(Order):

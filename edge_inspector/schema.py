@@ -18,12 +18,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_inspector.errors import Fault, SchemaError
 
-__all__ = ["MAX_BYTES", "Field", "Model", "TolerantModel", "json_schema", "read_json", "read_yaml", "validate"]
+__all__ = [
+    "MAX_BYTES", "Field", "Model", "TolerantModel", "block", "flow", "json_schema", "read_json", "read_yaml", "validate",
+]  # fmt: skip
 
 MAX_BYTES = 64 * 1024
 MAX_FAULTS = 100
 """That are told; whoever sends thousands costs no more."""
 _SHOWN = 60
+_ADDRESSES = ("uri", "source")
+"""Fields that may hold a password."""
+_WRONG_TYPES = ("model_type", "dict_type", "model_attributes_type", "tuple_type", "list_type")
 
 
 class Model(BaseModel):
@@ -101,6 +106,18 @@ def read_yaml(data: bytes, source: str) -> object:
         raise SchemaError(source, [Fault(where, error.problem or "not YAML")]) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise SchemaError(source, [Fault("", f"not YAML: {str(error).splitlines()[0]}")]) from error
+
+
+def flow(values: object) -> str:
+    """Plain values as one line of YAML, to be put into a document."""
+    text: str = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf"))
+    return text.strip()
+
+
+def block(values: object) -> str:
+    """Plain values as lines of YAML, to be put into a document."""
+    text: str = yaml.safe_dump(values, default_flow_style=None, sort_keys=False, allow_unicode=True, width=100)
+    return text
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -208,8 +225,14 @@ _SCALARS = {"bool": "true or false", "int": "a whole number", "float": "a number
 """Names that pydantic gives the members of a union, within a fault's place."""
 
 
-def _found(value: object) -> str:
-    """What a document says, as it could stand in it."""
+def _found(location: tuple[Any, ...], kind: str, value: object) -> str:
+    """What a document says, as it could stand in it: never an address, nor what holds one or stands for a section."""
+    if (location and location[-1] in _ADDRESSES) or isinstance(value, dict):
+        return ""
+    if isinstance(value, str) and kind in _WRONG_TYPES:
+        return "a text"
+    if isinstance(value, list) and any(isinstance(one, (str, dict, list)) for one in value):
+        return "a list"
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
@@ -236,7 +259,7 @@ def _plain(value: object) -> object:
 def _fault(model: type[BaseModel], error: Any) -> Fault:
     location = tuple(error["loc"])
     path = ".".join(str(part) for part in location if part != "[key]")
-    kind, found = error["type"], _found(error["input"])
+    kind, found = error["type"], _found(location, error["type"], error["input"])
     if kind == "missing":
         return Fault(path, _problem(error))
     if kind == "extra_forbidden":
@@ -263,7 +286,7 @@ def _faults(model: type[BaseModel], errors: list[Any]) -> list[Fault]:
             faults.append(_fault(model, error))
         elif location[-1] == kinds[0]:
             words = f"must be {' or '.join(_SCALARS[kind] for kind in kinds)}"
-            faults.append(Fault(".".join(map(str, location[:-1])), words, _found(error["input"])))
+            faults.append(Fault(".".join(map(str, location[:-1])), words, _found(location[:-1], "", error["input"])))
     return faults
 
 

@@ -28,7 +28,7 @@ from edge_inspector.runtime import Engine, Pool
 from edge_inspector.shadow import Comparison, Shadow
 from edge_inspector.station import Station
 from edge_inspector.threads import Thread
-from edge_inspector.wiring import Setup, inspectors_of
+from edge_inspector.wiring import Setup, door_of, inspectors_of
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ class Updates:
             device, remote = self._device, self._device.config.remote
             self._rollouts[name] = Rollout(
                 name, device.state / "bundles" / name, device.bundles / name, self._authority, trust=device.trust,
-                ca_file=device.path(remote.ca_file),
+                ca_file=device.path(remote.ca_file), judge=door_of(device).judge_bundle,
             )  # fmt: skip
         return self._rollouts[name]
 

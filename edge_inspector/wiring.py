@@ -10,6 +10,8 @@ from pathlib import Path
 from edge_inspector import health, preprocess
 from edge_inspector.bundles import Bundle, open_bundle
 from edge_inspector.config import Device, LineConfig
+from edge_inspector.door import Door
+from edge_inspector.errors import BrokerError, CameraError, Fault
 from edge_inspector.inspector import Inspectors
 from edge_inspector.messages import Topics
 from edge_inspector.mqtt import Connection, Will, read_password, tls_context
@@ -59,6 +61,37 @@ def connection_of(
         tls = tls_context(*(device.path(name) for name in (broker.tls.ca_file, broker.tls.cert_file, broker.tls.key_file)))
     password = read_password(device.path(broker.password_file))
     return Connection(broker, client_id, subscriptions=subscriptions, will=will, password=password, tls=tls, durable=durable)
+
+
+def door_of(device: Device) -> Door:
+    """Which sources the documents of a device may name."""
+    broker = device.config.broker
+    own = (broker.password_file, broker.tls.key_file if broker.tls is not None else None)
+    return Door(
+        device.config.sources,
+        device.folder,
+        password_of=partial(_camera_password, device),
+        secrets=frozenset(filter(None, own)),
+    )
+
+
+def _camera_password(device: Device, name: str) -> str:
+    try:
+        return read_password(device.path(name)) or ""
+    except BrokerError as error:
+        raise CameraError(f"{name}: no password can be read from it", hint="put the camera's into its first line") from error
+
+
+def refusals(door: Door, line: LineConfig) -> list[Fault]:
+    """What a line configuration names and device.yaml does not list, by its place in the document."""
+    faults = []
+    for name, station in line.stations.items():
+        for camera, config in station.cameras.items():
+            try:
+                door.judge(config)
+            except CameraError as error:
+                faults.append(Fault(f"stations.{name}.cameras.{camera}.uri", error.message, "", error.hint))
+    return faults
 
 
 def batch_of(bundle: Bundle, line: LineConfig, runtime: str) -> int:

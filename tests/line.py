@@ -117,7 +117,9 @@ def device_folder(folder: Path, port: int, line: str, *, extra: str = "") -> Pat
         "schema: ei.device.v1\n"
         "identity: {site: plant, line: line, device: edge}\n"
         f"broker: {{host: 127.0.0.1, port: {port}, keepalive_s: 5}}\n"
-        f"trust: {ENGINES / 'trust'}\nbundles: {ENGINES}\n{unsigned}{extra}"
+        f"trust: {ENGINES / 'trust'}\nbundles: {ENGINES}\n{unsigned}"
+        + ("" if "sources:" in extra else "sources: {folders: [/], hosts: [127.0.0.1]}\n")
+        + extra
     )
     (folder / "line.yaml").write_text(line)
     return folder

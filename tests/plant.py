@@ -45,7 +45,15 @@ class Plant:
         self.device = device_folder(folder / "device", port, line)
         text = (self.device / "device.yaml").read_text().splitlines()[:3]
         (self.device / "device.yaml").write_text(
-            "\n".join([*text, f"trust: {self.made / 'trust'}", f"bundles: {self.made}", UNSIGNED])
+            "\n".join(
+                [
+                    *text,
+                    f"trust: {self.made / 'trust'}",
+                    f"bundles: {self.made}",
+                    "sources: {folders: [/]}",
+                    UNSIGNED,
+                ]
+            )
         )
         self._number = itertools.count()
 

@@ -20,6 +20,7 @@ from edge_inspector.cameras import Camera, CameraState, genicam
 from edge_inspector.cameras.aravis import HINT, AravisSource, library
 from edge_inspector.cameras.sources import open_source
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import typed
 from edge_inspector.errors import CameraError
 from tests.line import needed, until
 from tests.test_cameras import taken
@@ -85,7 +86,7 @@ def simulator() -> Iterator[Simulator]:
 
 def camera(uri: str = URI, *, on_demand: bool = False, **more: Any) -> Camera:
     config = CameraConfig.model_validate({"uri": uri, **more})
-    return Camera("top", config, lambda: open_source(config, Path("/")), on_demand=on_demand)
+    return Camera("top", config, lambda: open_source(config, typed(Path("/"))), on_demand=on_demand)
 
 
 def identity(image: np.ndarray) -> int:
@@ -128,7 +129,7 @@ def test_settings_are_taken_and_frames_come_with_their_own_pixels_and_ids(simula
 def test_a_setting_that_the_camera_does_not_have_is_refused_with_its_range(
     simulator: Simulator, settings: dict[str, Any], words: str
 ) -> None:
-    source = AravisSource(CameraConfig.model_validate({"uri": URI, **settings}), Path("/"))
+    source = AravisSource(CameraConfig.model_validate({"uri": URI, **settings}), typed(Path("/")))
     with pytest.raises(CameraError, match=words.replace("+", r"\+")):
         source.open()
     source.close()
@@ -191,7 +192,7 @@ def test_cameras_that_answer_are_listed_with_the_uri_that_opens_them(simulator: 
 
 def test_nobody_there_is_told_with_what_to_do() -> None:
     needed(installed(), HINT)
-    source = AravisSource(CameraConfig(uri="gige://127.0.0.9"), Path("/"))
+    source = AravisSource(CameraConfig(uri="gige://127.0.0.9"), typed(Path("/")))
     with pytest.raises(CameraError, match="gige://127.0.0.9: cannot be opened: ") as caught:
         source.open()
     assert "powered" in caught.value.hint

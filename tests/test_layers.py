@@ -9,12 +9,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "edge_inspector"
 LINES = [
-    {"errors", "threads", "durable", "installation", "flood"},
+    {"errors", "threads", "durable", "installation", "flood", "confinement"},
     {"schema"},
     {"frames", "results", "graphs", "tiff"},
     {"formats"},
-    {"roi", "signatures", "folders"},
+    {"roi", "signatures", "folders", "addresses"},
     {"recipes", "bundles", "messages", "pictures"},
+    {"door"},
     {"config"},
     {"matching", "outputs", "preprocess", "scoring", "systemd", "documents", "trends", "standing", "journal"},
     {"cameras", "runtime", "outbox", "mqtt"},

@@ -15,6 +15,7 @@ import pytest
 from edge_inspector import pictures
 from edge_inspector.cameras.folder import FolderSource
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import typed
 from edge_inspector.errors import PictureError
 from edge_inspector.frames import Pixels
 from tests import files
@@ -134,7 +135,7 @@ def test_the_same_numbers_come_out_of_every_kind_of_file_and_of_every_source(ima
         made |= {"k.bmp": pictures.encoded(image, ".bmp"), "l.bmp": files.bmp(image, top_down=True)}
     for name, data in made.items():
         (tmp_path / name).write_bytes(data)
-    source = FolderSource(CameraConfig(uri=f"dir://{tmp_path}"), tmp_path)
+    source = FolderSource(CameraConfig(uri=f"dir://{tmp_path}"), typed(tmp_path))
     source.open()
     for name in sorted(made):
         frame = source.read(1.0)

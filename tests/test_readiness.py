@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from edge_inspector import pictures
 from edge_inspector.cameras import open_source
 from edge_inspector.config import LineConfig
+from edge_inspector.door import typed
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import Trigger, utc_now
 from edge_inspector.inspector import Inspectors
@@ -82,7 +83,7 @@ def running(tmp_path: Path, uri: str) -> Iterator[Rig]:
         engine = stack.enter_context(OnnxEngine(bundle))
         setting = Setting(
             outbox=stack.enter_context(Outbox(tmp_path / "state", ["press"])), evidence=stack.enter_context(EvidenceStore(tmp_path / "e", 0)),
-            configuration=line.reference(), session="s", make_source=lambda name: open_source(config.cameras[name], tmp_path),
+            configuration=line.reference(), session="s", make_source=lambda name: open_source(config.cameras[name], typed(tmp_path)),
             inspectors=lambda _: Inspectors.of(config, line, lambda _: engine), clock_ok=lambda: True, watch=lambda _: lambda: None,
             forget=lambda _: None, orders=Orders(tmp_path / "orders.json", ["press"]), hindrance=lambda: outside[0],
         )  # fmt: skip

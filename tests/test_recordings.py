@@ -19,6 +19,7 @@ from edge_inspector.cameras import genicam, gentl, pylon
 from edge_inspector.cameras.mjpeg import MjpegSource
 from edge_inspector.cameras.synthetic import draw_part
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import typed
 from edge_inspector.errors import CameraEnded, PictureError
 from tests.line import until
 from tests.test_cameras import camera, taken
@@ -56,16 +57,16 @@ def test_every_stack_asks_its_buffers_for_the_padding_of_rows(tmp_path: Path) ->
     component = SimpleNamespace(data=np.frombuffer(data, np.uint8), data_format="Mono8", width=10, height=6, x_padding=2)
     module = SimpleNamespace(frame_id=1, is_complete=lambda: True)
     buffer = SimpleNamespace(module=module, payload=SimpleNamespace(components=[component]), timestamp_ns=0)
-    frame = gentl.GentlSource(CameraConfig(uri="gentl://1"), tmp_path)._frame(buffer)
+    frame = gentl.GentlSource(CameraConfig(uri="gentl://1"), typed(tmp_path))._frame(buffer)
     assert np.array_equal(frame.image, image)
     component.data = np.frombuffer(data[:50], np.uint8)
-    assert gentl.GentlSource(CameraConfig(uri="gentl://1"), tmp_path)._frame(buffer).fault == "corrupt_image"
+    assert gentl.GentlSource(CameraConfig(uri="gentl://1"), typed(tmp_path))._frame(buffer).fault == "corrupt_image"
     told = {"BlockID": 1, "TimeStamp": 0, "PixelType": 0x01080001, "Width": 10, "Height": 6, "PaddingX": 2}
     result = SimpleNamespace(
         GrabSucceeded=lambda: True, GetArrayZeroCopy=lambda raw: nullcontext(memoryview(data)),
         **{f"Get{name}": partial(int, value) for name, value in told.items()},
     )  # fmt: skip
-    frame = pylon.PylonSource(CameraConfig(uri="pylon://1"), tmp_path)._frame(result)
+    frame = pylon.PylonSource(CameraConfig(uri="pylon://1"), typed(tmp_path))._frame(result)
     assert np.array_equal(frame.image, image)
 
 
@@ -127,7 +128,7 @@ class _Cut(http.server.BaseHTTPRequestHandler):
 def test_a_picture_of_an_http_camera_without_its_middle_is_a_broken_frame(tmp_path: Path) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Cut)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    source = MjpegSource(CameraConfig(uri=f"http://127.0.0.1:{server.server_port}/"), tmp_path)
+    source = MjpegSource(CameraConfig(uri=f"http://127.0.0.1:{server.server_port}/"), typed(tmp_path))
     try:
         source.open()
         frames = [source.read(1.0) for _ in range(4)]

@@ -147,7 +147,7 @@ def test_what_is_wrong_is_told_with_its_place_and_changes_nothing(tmp_path: Path
         masked = document(7)
         masked["stations"]["sheet"]["cameras"]["top"]["uri"] = "rtsp://10.0.0.5/stream?token=***"
         want(listener, masked)
-        until(lambda: "masked" in json.dumps(reported(listener)["last"]["faults"]), what="the mask")
+        until(lambda: "holds ***" in json.dumps(reported(listener)["last"]["faults"]), what="the mask")
         decide(listener, 3, "confirm")
         assert "not on trial" in outcome(listener, "refused")["last"]["reason"]
         told = reported(listener)

@@ -20,6 +20,7 @@ from edge_inspector.cameras import Camera, CameraState
 from edge_inspector.cameras.gst import GstSource, pipeline_of
 from edge_inspector.cameras.source import DeviceClock
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import typed
 from edge_inspector.errors import CameraEnded, CameraError
 from tests.faults.rigs import GSTREAMER, Gentl, Pylon, has_gstreamer
 from tests.line import needed, until
@@ -77,7 +78,8 @@ import json, sys
 from pathlib import Path
 from edge_inspector.cameras.pylon import PylonSource
 from edge_inspector.config import CameraConfig
-source = PylonSource(CameraConfig(uri="pylon://", width=64, height=64, fps=50), Path("/"))
+from edge_inspector.door import typed
+source = PylonSource(CameraConfig(uri="pylon://", width=64, height=64, fps=50), typed(Path("/")))
 source.open()
 source.read(1.0)
 source._camera.ForceFailedBufferCount.Value = 3
@@ -142,7 +144,7 @@ def _refused(source: Camera) -> bool:
 
 
 def test_a_producer_that_is_not_there_is_told(gentl: Gentl) -> None:
-    for uri, words in (("gentl://0?cti=/nowhere/x.cti", "no such GenTL producer"), ("gentl://0", "no GenTL producer")):
+    for uri, words in (("gentl://0?cti=/nowhere/x.cti", "no such GenTL producer"), ("gentl://0", "under a name")):
         with camera(uri) as source:
             until(partial(_refused, source), 30, "refused")
             assert words in source.fault
@@ -155,7 +157,8 @@ def test_every_stack_is_searched_for_cameras(pylon: Pylon, gentl: Gentl) -> None
         env={**os.environ, "GENICAM_GENTL64_PATH": producers, "PYLON_CAMEMU": "1"},
     )  # fmt: skip
     uris = {found["uri"] for found in json.loads(run.stdout)}
-    assert {"pylon://0815-0000", "gentl://0", "gentl://1", "gentl://2"} <= uris
+    cti = gentl.uri.split("cti=")[1]
+    assert {"pylon://0815-0000", *(f"gentl://{number}?cti={cti}" for number in range(3))} <= uris
 
 
 # --- GStreamer
@@ -195,15 +198,15 @@ def test_a_pipeline_of_a_recording_ends_and_sixteen_bits_stay() -> None:
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
-        ("gst:nosuchthing ! videoconvert", 'no element "nosuchthing"'),
-        ("gst:videotestsrc ! audioconvert", "could not link"),
+        ("gst:nosuchthing ! videoconvert", "names an element that is not installed"),
+        ("gst:videotestsrc ! audioconvert", "cannot be linked"),
         ("gst:filesrc location=/nowhere ! decodebin", "Resource not found"),
-        ("csi://0", 'no element "nvarguscamerasrc"'),
+        ("csi://0", "names an element that is not installed"),
         ("csi://front", "a sensor's number is expected"),
     ],
 )
-def test_a_pipeline_that_does_not_run_says_why_in_gstreamers_words(uri: str, words: str) -> None:
-    source = GstSource(CameraConfig(uri=uri), Path("/"))
+def test_a_pipeline_that_does_not_run_says_why(uri: str, words: str) -> None:
+    source = GstSource(CameraConfig(uri=uri), typed(Path("/")))
     with pytest.raises(CameraError, match=words) as caught:
         source.open()
     source.close()
@@ -211,18 +214,11 @@ def test_a_pipeline_that_does_not_run_says_why_in_gstreamers_words(uri: str, wor
 
 
 def test_a_jetsons_own_camera_is_asked_for_what_is_configured() -> None:
-    told = pipeline_of(CameraConfig(uri="csi://1", width=1280, height=720, fps=59.94))
+    config = CameraConfig(uri="csi://1", width=1280, height=720, fps=59.94)
+    told = pipeline_of(config, typed(Path("/"))(config))
     assert told.startswith(
         "nvarguscamerasrc sensor-id=1 ! video/x-raw(memory:NVMM),width=1280,height=720,framerate=59940/1000 ! "
     )
-
-
-def test_a_pipeline_may_write_nowhere_else_and_its_passwords_are_not_told() -> None:
-    with pytest.raises(ValueError, match="without its sink"):
-        CameraConfig(uri="gst:videotestsrc ! tee name=t t. ! filesink location=/etc/passwd t.")
-    config = CameraConfig(uri="gst:rtspsrc location=rtsp://me:secret@10.0.0.5/x user-pw=secret ! rtph264depay")
-    assert "secret" not in config.name
-    assert "10.0.0.5" in config.name
 
 
 # --- the clock of a camera

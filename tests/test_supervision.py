@@ -19,6 +19,7 @@ from edge_inspector.cameras.camera import _Guard
 from edge_inspector.cameras.source import Info
 from edge_inspector.cameras.synthetic import SyntheticSource
 from edge_inspector.config import CameraConfig, Guards
+from edge_inspector.door import typed
 from edge_inspector.frames import Frame, Pixels, utc_now
 from tests.line import until
 from tests.test_cameras import camera, taken
@@ -82,7 +83,7 @@ def test_a_camera_that_opens_and_never_delivers_is_in_fault_without_a_break() ->
 def test_a_camera_that_is_asked_gives_an_image_of_no_part_before_its_fault_is_over() -> None:
     config = CameraConfig(uri="synthetic://", timeout_ms=150)
     Asked.dumb.clear()
-    with Camera("top", config, lambda: Asked(config, Path("/")), on_demand=True) as source:
+    with Camera("top", config, lambda: Asked(config, typed(Path("/"))), on_demand=True) as source:
         until(lambda: source.state is CameraState.STREAMING, what="streaming: nobody has asked yet")
         Asked.dumb.set()
         while source.state is not CameraState.FAULT:  # two in a row that do not come
@@ -101,7 +102,7 @@ def test_a_camera_that_is_asked_gives_an_image_of_no_part_before_its_fault_is_ov
 
 def test_a_camera_on_a_line_that_stands_still_works_as_soon_as_it_is_open() -> None:
     config = CameraConfig(uri="synthetic://", timeout_ms=100)
-    with Camera("top", config, lambda: Still(config, Path("/"))) as source:
+    with Camera("top", config, lambda: Still(config, typed(Path("/")))) as source:
         until(lambda: source.state is CameraState.FAULT, what="fault")
         until(lambda: source.state is CameraState.STREAMING, what="streaming")
         assert states(source, 0.5) == {("streaming", True)}
@@ -198,7 +199,7 @@ def test_a_camera_process_that_was_killed_tells_the_signal_by_name() -> None:
 
 def test_frame_times_are_read_while_frames_arrive() -> None:
     config = CameraConfig(uri="synthetic://?fps=30")
-    source, over = Camera("top", config, lambda: SyntheticSource(config, Path("/")), on_demand=True), threading.Event()
+    source, over = Camera("top", config, lambda: SyntheticSource(config, typed(Path("/"))), on_demand=True), threading.Event()
     image = np.zeros((1, 1), np.uint8)
 
     def arrive() -> None:

@@ -2,6 +2,6 @@
 
 from edge_inspector.cameras.camera import Camera, CameraState
 from edge_inspector.cameras.source import Info, Source
-from edge_inspector.cameras.sources import open_source
+from edge_inspector.cameras.sources import is_isolated, open_source
 
-__all__ = ["Camera", "CameraState", "Info", "Source", "open_source"]
+__all__ = ["Camera", "CameraState", "Info", "Source", "is_isolated", "open_source"]

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from edge_inspector.addresses import Address
 from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
-from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, moment, settle
+from edge_inspector.cameras.source import DeviceClock, Found, Info, moment, settle
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import Admit
 from edge_inspector.errors import CameraError, PictureError
 from edge_inspector.frames import Frame, frozen
 
@@ -209,19 +210,18 @@ class _Nodes:
 class AravisSource:
     """Source protocol for one camera. `?trigger=software`: images when told to, `?trigger=Line1`: on an edge; else free."""
 
-    def __init__(self, config: CameraConfig, _base: Path) -> None:
-        self.config = config
+    def __init__(self, config: CameraConfig, admit: Admit) -> None:
+        self.config, self._admit = config, admit
         self._camera = self._stream = self._device = None
         self._seq, self._last_id, self._gone = 0, 0, False
         self._clock = DeviceClock()
 
     def open(self) -> Info:
         """Open, set, read back, start. Raises CameraError."""
-        address, arv = Address.of(self.config.uri), library()
-        address.known("trigger")
+        address, arv = self._admit(self.config).address, library()
         self._trigger = address.options.get("trigger", "")
         try:
-            self._camera = self._connected(address.place)
+            self._camera = self._connected(address)
         except CameraError as error:
             raise self._error(
                 f"cannot be opened: {error.message}", "is it powered, in this subnet, and used by nobody else?"
@@ -245,15 +245,18 @@ class AravisSource:
             settle(self.read, self.config.timeout_ms / 1000)
         return info
 
-    def _connected(self, place: str) -> Any:
-        """By address or id; by serial number, which the library alone does not know, where one camera has it."""
-        try:
-            return library().camera_new(place.encode() or None)
-        except CameraError:
-            known = next((told["id"] for told in _answering() if told["serial_nbr"] == place), None)
-            if known is None:
-                raise
-            return library().camera_new(known.encode())
+    def _connected(self, address: Address) -> Any:
+        """By an address that was listed; else one of those that answer, by serial number or id.
+
+        The library would take any other name for that of a host, and ask for it.
+        """
+        if address.host or not address.place:
+            return library().camera_new(address.host.encode() or None)
+        names = ("serial_nbr", "id")
+        known = next((told["id"] for told in _answering() if address.place in (told[name] for name in names)), None)
+        if known is None:
+            raise CameraError("no camera with this serial number answers")
+        return library().camera_new(known.encode())
 
     def _vanished(self) -> None:
         self._gone = True

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import islice
 from types import TracebackType
-from urllib.parse import urlsplit
 
+from edge_inspector.addresses import STREAMS, scheme_of
 from edge_inspector.cameras.source import Info, Source
-from edge_inspector.config import STREAMS, CameraConfig, Guards
+from edge_inspector.config import CameraConfig, Guards
 from edge_inspector.errors import CameraEnded, CameraError
 from edge_inspector.frames import Frame, Pixels
 from edge_inspector.results import Reason
@@ -250,7 +250,7 @@ class Camera:
         """Exposure, read-out and transfer of a free-running camera: as configured, else a period, which they rarely exceed."""
         if self.config.latency_ms is not None:
             return self.config.latency_ms / 1e3
-        if urlsplit(self.config.uri).scheme in STREAMS:
+        if scheme_of(self.config.uri) in STREAMS:
             return _STREAM_LATENCY_S
         times = self._times
         measured_s = (

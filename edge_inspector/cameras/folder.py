@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from edge_inspector import pictures
-from edge_inspector.cameras.source import Address, Info, check_format
+from edge_inspector.cameras.source import Info, check_format
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import Admit
 from edge_inspector.errors import CameraEnded, CameraError, PictureError
 from edge_inspector.frames import Frame, Pixels, frozen, utc_now
 from edge_inspector.results import Reason
@@ -58,25 +59,26 @@ class Pace:
 class FolderSource:
     """The pictures of a folder, in name order. An unreadable one is a broken frame; what is left out is told."""
 
-    def __init__(self, config: CameraConfig, base: Path) -> None:
-        self.config, self.base = config, base
+    def __init__(self, config: CameraConfig, admit: Admit) -> None:
+        self.config, self._admit = config, admit
         self._seq = 0
         self._at = 0
 
     def open(self) -> Info:
         """List the pictures; the first readable one tells size and depth. Raises CameraError."""
-        address = Address.of(self.config.uri)
-        address.known("fps", "loop")
+        self._admitted = self._admit(self.config)
+        address = self._admitted.address
         self._loop = address.number("loop", 0) > 0
         fps = address.number("fps", 0)
         self._pace = Pace(fps)
         try:
-            found = pictures.listed(address.path(self.base))
+            found = pictures.listed(self._admitted.path)
         except PictureError as error:
             raise CameraError(f"{self.config.name}: {error.message}", hint=error.hint) from error
         for line in found.told:
             log.warning("%s: %s", self.config.name, line)
-        self._paths, self._names = found.taken, pictures.part_names(found.taken, found.folder)
+        self._paths = [self._admitted.refuse_outside(path) for path in found.taken]
+        self._names = pictures.part_names(found.taken, found.folder)
         first = next((image for image in map(_readable, self._paths) if image is not None), None)
         if first is None:
             raise CameraError(f"{self.config.name}: none of its pictures can be read")
@@ -96,7 +98,7 @@ class FolderSource:
         self._at += 1
         self._seq += 1
         try:
-            image = frozen(pictures.read(path))
+            image = frozen(pictures.read(self._admitted.refuse_outside(path)))
         except PictureError as error:
             return broken_frame(self._seq - 1, name, error.message)
         return Frame(image, self._seq - 1, time.monotonic(), utc_now(), source_id=name)

@@ -1,7 +1,7 @@
-"""Cameras of any vendor through its GenTL producer: `gentl://SERIAL?cti=/opt/vendor/producer.cti`, `gentl://` for the first.
+"""Cameras of any vendor through its GenTL producer: `gentl://SERIAL?producer=NAME`, `gentl://?producer=NAME` for the first.
 
-Extra `gentl` (harvesters). Without `cti`, every producer in GENICAM_GENTL64_PATH is asked. `?trigger=` as for aravis.
-Run in a child process: a producer is a vendor's library.
+The name stands under `sources: {gentl: ...}` in device.yaml: a producer is a vendor's library, and what loads it is no message.
+Extra `gentl` (harvesters). `?trigger=` as for aravis. Run in a child process.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
-from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, moment, settle
+from edge_inspector.cameras.source import DeviceClock, Found, Info, moment, settle
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import Admit
 from edge_inspector.errors import CameraError, PictureError
 from edge_inspector.frames import Frame, frozen
 from edge_inspector.installation import install
@@ -25,36 +26,34 @@ PRODUCERS = "GENICAM_GENTL64_PATH"
 BUFFERS = 8
 
 
-def harvester(cti: str) -> Any:
-    """A Harvester that knows the cameras of one producer, or of all that are installed. Raises CameraError."""
+def harvester(producer: Path) -> Any:
+    """A Harvester that knows the cameras of one producer. Raises CameraError."""
     try:
         from harvesters.core import Harvester  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise CameraError(f"harvesters cannot be loaded: {error}", hint=install("gentl")) from error
     logging.getLogger("harvesters").setLevel(logging.CRITICAL)  # what it tells is told by our errors
-    folders = [Path(folder) for folder in os.environ.get(PRODUCERS, "").split(":") if folder]
-    producers = [Path(cti)] if cti else [path for folder in folders for path in sorted(folder.glob("*.cti"))]
-    if not producers:
-        raise CameraError("no GenTL producer", hint=f"install the camera vendor's, or name it: ?cti=... ({PRODUCERS} is empty)")
     known = Harvester()
-    for path in producers:
-        try:
-            known.add_file(str(path), check_existence=True)
-        except OSError as error:
-            raise CameraError(f"{path}: no such GenTL producer", hint="a file with the ending .cti") from error
+    try:
+        known.add_file(str(producer), check_existence=True)
+    except OSError as error:
+        raise CameraError(f"{producer}: no such GenTL producer", hint="a file with the ending .cti") from error
     known.update()
     return known
 
 
 def found() -> list[Found]:
     """Cameras of all installed producers. Raises CameraError where the library is missing."""
-    if not os.environ.get(PRODUCERS):
-        return []
-    known = harvester("")
+    folders = [Path(folder) for folder in os.environ.get(PRODUCERS, "").split(":") if folder]
+    return [told for folder in folders for path in sorted(folder.glob("*.cti")) for told in _found(path)]
+
+
+def _found(producer: Path) -> list[Found]:
+    known = harvester(producer)
     try:
         return [
             Found(
-                f"gentl://{told.serial_number}", f"{told.vendor} {told.model}", told.serial_number, told.tl_type,
+                f"gentl://{told.serial_number}?cti={producer}", f"{told.vendor} {told.model}", told.serial_number, told.tl_type,
                 _formats(known, number),
             )
             for number, told in enumerate(known.device_info_list)
@@ -100,8 +99,8 @@ class _Nodes:
 class GentlSource:
     """Source protocol for one camera."""
 
-    def __init__(self, config: CameraConfig, _base: Path) -> None:
-        self.config = config
+    def __init__(self, config: CameraConfig, admit: Admit) -> None:
+        self.config, self._admit = config, admit
         self._harvester: Any = None
         self._acquirer: Any = None
         self._seq = self._last_id = 0
@@ -109,9 +108,8 @@ class GentlSource:
 
     def open(self) -> Info:
         """Open, set, read back, start. Raises CameraError."""
-        address = Address.of(self.config.uri)
-        address.known("cti", "trigger")
-        self._harvester = harvester(address.options.get("cti", ""))
+        admitted = self._admit(self.config)
+        address, self._harvester = admitted.address, harvester(admitted.path)
         serials = [told.serial_number for told in self._harvester.device_info_list]
         if not serials or (address.place and address.place not in serials):
             there = ", ".join(serials) or "none"

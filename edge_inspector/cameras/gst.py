@@ -1,4 +1,4 @@
-"""Any GStreamer pipeline as a camera: `gst:v4l2src device=/dev/video0 ! image/jpeg ! jpegdec`, and a Jetson's own: `csi://0`.
+"""Any GStreamer pipeline that device.yaml lists as a camera, `gst:NAME`, and a Jetson's own: `csi://0`.
 
 By ctypes on the system's libraries (libgstreamer1.0-0, and the plugins that the pipeline names), since wheels of OpenCV have no
 GStreamer. The pipeline is given without its sink. Run in a child process: stopping a stuck pipeline was seen to take 9 s.
@@ -10,13 +10,13 @@ import ctypes
 import re
 import time
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from edge_inspector.cameras.source import Address, Info, check_format, moment
+from edge_inspector.cameras.source import Info, check_format, moment
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import Admit, Admitted
 from edge_inspector.errors import CameraEnded, CameraError
 from edge_inspector.frames import Frame, Pixels, frozen
 
@@ -30,6 +30,12 @@ _FAILURE, _LIVE = 0, 3
 _END, _ERROR = 1, 2
 _READ = 1
 _NO_TIME = 2**64 - 1
+_UNSOUND = {
+    0: "the pipeline has a syntax error", 1: "the pipeline names an element that is not installed",
+    2: "the pipeline sets a property that its element does not have", 3: "two elements of the pipeline cannot be linked",
+    4: "the pipeline sets a property to what it cannot be", 5: "the pipeline holds an empty bin", 6: "the pipeline is empty",
+}  # fmt: skip
+"""GstParseError. GStreamer's own words are not told: they quote the pipeline, which may hold a password."""
 _NS = 1_000_000_000
 
 _P, _S, _U64, _I = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int
@@ -65,7 +71,8 @@ _CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "gst_element_get_state": (_I, (_P, _P, _P, _U64)), "gst_element_get_base_time": (_U64, (_P,)),
     "gst_element_get_bus": (_P, (_P,)), "gst_bus_timed_pop_filtered": (_P, (_P, _U64, _I)),
     "gst_message_parse_error": (None, (_P, _P, _P)), "gst_mini_object_unref": (None, (_P,)),
-    "gst_system_clock_obtain": (_P, ()), "gst_pipeline_use_clock": (None, (_P, _P)),
+    "gst_error_get_message": (_P, (ctypes.c_uint32, _I)), "gst_system_clock_obtain": (_P, ()),
+    "gst_pipeline_use_clock": (None, (_P, _P)),
     "gst_sample_get_buffer": (_P, (_P,)), "gst_sample_get_caps": (_P, (_P,)), "gst_caps_get_structure": (_P, (_P, _I)),
     "gst_structure_get_int": (_I, (_P, _S, _P)), "gst_structure_get_string": (_S, (_P, _S)),
     "gst_structure_get_fraction": (_I, (_P, _S, _P, _P)),
@@ -90,12 +97,11 @@ def library() -> Any:
     return gst
 
 
-def pipeline_of(config: CameraConfig) -> str:
-    """What GStreamer is told to run. Raises CameraError for options that mean nothing."""
-    address = Address.of(config.uri)
+def pipeline_of(config: CameraConfig, admitted: Admitted) -> str:
+    """What GStreamer is told to run. Raises CameraError for a sensor that is none."""
+    address = admitted.address
     if address.scheme == "gst":
-        return f"{address.place} ! videoconvert ! video/x-raw,format={{ {', '.join(_FORMATS)} }} ! {_SINK}"
-    address.known()
+        return f"{admitted.pipeline} ! videoconvert ! video/x-raw,format={{ {', '.join(_FORMATS)} }} ! {_SINK}"
     if not address.place.isdigit():
         raise CameraError(f"{config.name}: a sensor's number is expected", hint="csi://0 is the first")
     wanted = {"width": config.width, "height": config.height}
@@ -111,20 +117,22 @@ def pipeline_of(config: CameraConfig) -> str:
 class GstSource:
     """Source protocol for one pipeline."""
 
-    def __init__(self, config: CameraConfig, _base: Path) -> None:
-        self.config = config
+    def __init__(self, config: CameraConfig, admit: Admit) -> None:
+        self.config, self._admit = config, admit
         self._pipeline: Any = None
         self._sink: Any = None
         self._bus: Any = None
+        self._launched = ""
         self._live, self._rate, self._seq = False, 0.0, 0
         self._first: Frame | None = None
 
     def open(self) -> Info:
         """Start the pipeline and look at its first frame. Raises CameraError with GStreamer's own words."""
         gst, error = library(), ctypes.POINTER(_GError)()
-        self._pipeline = gst.gst_parse_launch(pipeline_of(self.config).encode(), ctypes.byref(error))
+        self._launched = pipeline_of(self.config, self._admit(self.config))
+        self._pipeline = gst.gst_parse_launch(self._launched.encode(), ctypes.byref(error))
         if error:
-            raise self._error(error.contents.message.decode(errors="replace"))
+            raise self._error(_UNSOUND.get(error.contents.code, "the pipeline is not understood"))
         self._sink = gst.gst_bin_get_by_name(self._pipeline, b"edge_inspector")
         self._bus = gst.gst_element_get_bus(self._pipeline)
         gst.gst_pipeline_use_clock(self._pipeline, gst.gst_system_clock_obtain())  # the monotonic one, as ours
@@ -148,7 +156,7 @@ class GstSource:
     def _coding(self) -> Literal["single", "stream", "recorded"]:
         if not self._live:
             return "recorded"
-        return "stream" if _STREAM_CODED.search(pipeline_of(self.config)) else "single"
+        return "stream" if _STREAM_CODED.search(self._launched) else "single"
 
     def read(self, timeout_s: float) -> Frame | None:
         """The next frame. Raises CameraEnded where a recording ends, CameraError where a live stream does."""
@@ -176,7 +184,8 @@ class GstSource:
             if ctypes.cast(message, ctypes.POINTER(_Message)).contents.kind == _END:
                 return ""
             gst.gst_message_parse_error(message, ctypes.byref(error), None)
-            return str(error.contents.message.decode(errors="replace"))
+            words = gst.gst_error_get_message(error.contents.domain, error.contents.code)
+            return str(ctypes.string_at(words).decode(errors="replace"))
         finally:
             gst.gst_mini_object_unref(message)
 
@@ -219,7 +228,7 @@ class GstSource:
             gst.gst_buffer_unmap(buffer, ctypes.byref(mapped))
 
     def _error(self, what: str) -> CameraError:
-        return CameraError(f"{self.config.name}: {what}", hint="try it with gst-launch-1.0; are all its plugins installed?")
+        return CameraError(f"{self.config.name}: {what}", hint="gst-launch-1.0 tells more; are all its plugins installed?")
 
     def trigger(self) -> None:
         """Pipelines run free."""

@@ -15,10 +15,12 @@ import json
 import mmap
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -28,14 +30,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_inspector import confinement
+from edge_inspector.addresses import Address
 from edge_inspector.cameras.opencv import ENVIRONMENT
 from edge_inspector.cameras.source import Info
+from edge_inspector.cameras.walls import walls_of
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import Admit, Admitted
 from edge_inspector.errors import CameraEnded, CameraError
 from edge_inspector.frames import Frame, frozen
 
 SLOTS = 8
-_ENTRY = "from edge_inspector.cameras.isolation import main; main()"
+_ENTRY = "from edge_inspector.confinement import enter; enter(); from edge_inspector.cameras.isolation import main; main()"
 _HEADER = 4096
 _MESSAGE, _SPECIFICATION = 8192, 131_072
 _ERROR = 1024
@@ -79,8 +85,11 @@ def _as_told(info: Info) -> Info:
 class IsolatedSource:
     """Source protocol, run by a child process."""
 
-    def __init__(self, config: CameraConfig, base: Path) -> None:
-        self.config, self.base = config, base
+    def __init__(self, config: CameraConfig, admit: Admit, own: Path | None = None, cache: Path | None = None) -> None:
+        """`own`: the folder that the child may write to, removed when it is closed; None: one in the system's for such."""
+        self.config, self._admit = config, admit
+        self._own, self._cache = own, cache
+        self._made: Path | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._ring: _Ring | None = None
         self._lost, self._heard_s = 0, 0.0
@@ -88,13 +97,17 @@ class IsolatedSource:
     def open(self) -> Info:
         """Start the child and wait for its camera, within the camera's timeout. Raises CameraError."""
         self.close()
+        admitted = self._admit(self.config)
+        own = self._folder()
+        cache = self._cache or own
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        specification = json.dumps({"config": self.config.model_dump(mode="json"), "base": str(self.base)})
+        specification = json.dumps({"config": self.config.model_dump(mode="json"), "admitted": _told(admitted)})
         ours.send(specification.encode())  # not in the command line, which everybody on the machine may read
         with theirs:
             self._child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-c", _ENTRY, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**os.environ, **ENVIRONMENT},
+                [sys.executable, "-c", _ENTRY, str(theirs.fileno()), confinement.written(walls_of(admitted, own, cache))],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                env={**os.environ, **ENVIRONMENT, "TMPDIR": str(own), "XDG_CACHE_HOME": str(cache)},
             )  # fmt: skip
         self._socket = ours
         wait_s = _OPEN_MARGIN_S + self.config.timeout_ms / 1000
@@ -102,6 +115,21 @@ class IsolatedSource:
         if message is None:
             raise CameraError(f"{self.config.name}: did not open within {wait_s:g} s", hint="does it answer otherwise?")
         return _as_told(Info(**message["info"]))
+
+    def _folder(self) -> Path:
+        """The child's own folder, empty. Raises CameraError."""
+        try:
+            if self._own is None:
+                self._made = Path(tempfile.mkdtemp(prefix="edge-inspector-camera-"))
+            else:
+                shutil.rmtree(self._own, ignore_errors=True)
+                self._own.mkdir(mode=0o700, parents=True)
+                self._made = self._own
+            if self._cache is not None:
+                self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise CameraError(f"{self.config.name}: no folder for its process: {error.strerror}") from error
+        return self._made
 
     def read(self, timeout_s: float) -> Frame | None:
         """The next frame, copied out of the ring. Raises CameraEnded, CameraError (also when the child died)."""
@@ -179,6 +207,9 @@ class IsolatedSource:
         One that is stuck in the kernel is not waited for.
         """
         child, self._child = self._child, None
+        made, self._made = self._made, None
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
         if child is None:
             return
         self._socket.close()
@@ -191,7 +222,18 @@ class IsolatedSource:
                 child.wait(_LEAVE_S)
 
 
+def _told(admitted: Admitted) -> dict[str, Any]:
+    """What the door let through, as JSON values for the child."""
+    values = asdict(admitted)
+    return {**values, "path": os.fsdecode(admitted.path), "roots": [os.fsdecode(root) for root in admitted.roots]}
+
+
 # --- the child
+
+
+def _heard(values: dict[str, Any]) -> Admitted:
+    address = Address(**values.pop("address"))
+    return Admitted(address, Path(values.pop("path")), tuple(Path(root) for root in values.pop("roots")), **values)
 
 
 class _Sender:
@@ -252,7 +294,8 @@ def _child(channel: socket.socket, specification: dict[str, Any]) -> None:
 
     config = CameraConfig.model_validate(specification["config"])
     sender = _Sender(channel)
-    source = direct_source(config, Path(specification["base"]))
+    admitted = _heard(specification["admitted"])
+    source = direct_source(config, lambda _: admitted)
     try:
         info = source.open()
         channel.send(json.dumps({"info": asdict(info)}).encode())

@@ -7,21 +7,19 @@ whose part is undecided. Format: multipart/x-mixed-replace (RFC 2046, 5.1); Cont
 from __future__ import annotations
 
 import http.client
-import re
 import socket
 import ssl
 import time
 import urllib.error
 import urllib.request
 from email.message import Message
-from pathlib import Path
-from typing import cast
-from urllib.parse import unquote, urlsplit
+from typing import IO, cast
 
 from edge_inspector import pictures
 from edge_inspector.cameras.folder import broken_frame
 from edge_inspector.cameras.source import Info, check_format, moment
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import Admit, Admitted
 from edge_inspector.errors import CameraError, PictureError
 from edge_inspector.frames import Frame, frozen
 
@@ -30,14 +28,15 @@ MAX_BYTES = 64 << 20
 _MAX_LINE = 65536
 _MAX_BETWEEN = 256
 """Bytes of a boundary and headers, which some cameras send before their picture is there."""
+_LEADS_ON = (301, 302, 303, 307, 308)
 _HINT = "is it the address of the camera's MJPEG stream? open it in a browser"
 
 
 class MjpegSource:
     """Source protocol for a stream of JPEGs. Run in a child process, as every camera of a network is."""
 
-    def __init__(self, config: CameraConfig, _base: Path) -> None:
-        self.config = config
+    def __init__(self, config: CameraConfig, admit: Admit) -> None:
+        self.config, self._admit = config, admit
         self._response: http.client.HTTPResponse | None = None
         self._boundary = b""
         self._carried = b""
@@ -46,13 +45,12 @@ class MjpegSource:
 
     def open(self) -> Info:
         """Connect and take the first picture. Raises CameraError."""
-        timeout_s = self.config.timeout_ms / 1000
+        timeout_s, admitted = self.config.timeout_ms / 1000, self._admit(self.config)
         try:
-            found = _opener(self.config).open(_address(self.config), timeout=timeout_s)
+            found = _opener(admitted).open(admitted.address.url(), timeout=timeout_s)
             self._response = cast("http.client.HTTPResponse", found)
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            reason = f"{error.code} {error.reason}" if isinstance(error, urllib.error.HTTPError) else str(error)
-            raise CameraError(f"{self.config.name}: cannot be opened: {reason}", hint=_HINT) from error
+            raise CameraError(f"{self.config.name}: cannot be opened: {_reason(error)}", hint=_HINT) from error
         kind = self._response.headers
         boundary = kind.get_param("boundary")
         if kind.get_content_type() != "multipart/x-mixed-replace" or not isinstance(boundary, str):
@@ -150,17 +148,29 @@ class MjpegSource:
             self._response = None
 
 
-def _opener(config: CameraConfig) -> urllib.request.OpenerDirector:
-    """Opens addresses without proxies, with the user and password of the camera's address where it has them."""
-    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
-    parts = urlsplit(config.uri)
-    if parts.username is not None:
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """What was listed is asked, and nobody else."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+    ) -> None:
+        """An answer that leads on is an error."""
+
+
+def _reason(error: Exception) -> str:
+    """In our words where the camera answered: its own are nobody's business."""
+    if not isinstance(error, urllib.error.HTTPError):
+        return str(error)
+    if error.code in _LEADS_ON:
+        return f"{error.code}: leads on to another address, which is not followed"
+    return f"{error.code} {http.client.responses.get(error.code, '')}".strip()
+
+
+def _opener(admitted: Admitted) -> urllib.request.OpenerDirector:
+    """Opens an address without proxies and redirections, with the user and password that the camera has."""
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({}), _NoRedirect()]
+    if admitted.user is not None:
         known = urllib.request.HTTPPasswordMgrWithDefaultRealm()
-        known.add_password(None, _address(config), unquote(parts.username), unquote(parts.password or ""))
+        known.add_password(None, admitted.address.url(), admitted.user, admitted.password or "")
         handlers += [urllib.request.HTTPBasicAuthHandler(known), urllib.request.HTTPDigestAuthHandler(known)]
     return urllib.request.build_opener(*handlers)
-
-
-def _address(config: CameraConfig) -> str:
-    """Where it is, without who asks."""
-    return re.sub(r"//[^/\s]*@", "//", config.uri)

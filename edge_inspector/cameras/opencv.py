@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Literal
 
 import cv2
 
-from edge_inspector.cameras.source import Address, DeviceClock, Info, check_format, moment
+from edge_inspector.addresses import scheme_of
+from edge_inspector.cameras import ffmpeg, rtsp
+from edge_inspector.cameras.source import DeviceClock, Info, check_format, moment
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import Admit
 from edge_inspector.errors import CameraError
 from edge_inspector.frames import Frame, frozen
 
 ENVIRONMENT = {
     "OPENCV_FFMPEG_IS_THREAD_SAFE": "1",
     "OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT": "1",
-    "OPENCV_FFMPEG_CAPTURE_OPTIONS": "rtsp_transport;tcp",
+    ffmpeg.OPTIONS: ffmpeg.STREAMS,
     "OPENCV_LOG_LEVEL": "ERROR",
     "OPENCV_FFMPEG_LOGLEVEL": "8",
 }
@@ -32,26 +34,30 @@ _STEP = 0.02
 class OpencvSource:
     """One live camera. What OpenCV reports is not believed: settings are read back, a slow read is a failed one."""
 
-    def __init__(self, config: CameraConfig, _base: Path) -> None:
-        self.config = config
+    def __init__(self, config: CameraConfig, admit: Admit) -> None:
+        self.config, self._admit = config, admit
         self._capture: cv2.VideoCapture | None = None
         self._seq = 0
-        self._kernel_stamps = Address.of(config.uri).scheme == "v4l2"
+        self._kernel_stamps = scheme_of(config.uri) == "v4l2"
         self._clock = DeviceClock()
 
     def open(self) -> Info:
         """Open, set, read back. Raises CameraError."""
-        config, address = self.config, Address.of(self.config.uri)
+        config, admitted = self.config, self._admit(self.config)
         timeout = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, config.timeout_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, config.timeout_ms]
         if self._kernel_stamps:
-            capture = cv2.VideoCapture(address.place, cv2.CAP_V4L2)
+            capture = cv2.VideoCapture(str(admitted.path), cv2.CAP_V4L2)
             hint = "is it plugged in, and may this user open it? ls -l /dev/v4l/by-id"
         else:
-            capture = cv2.VideoCapture(config.uri, cv2.CAP_FFMPEG, [*timeout, cv2.CAP_PROP_N_THREADS, 1])
+            rtsp.refuse_redirect(admitted.address, config.timeout_ms / 1000)
+            url = admitted.address.url(admitted.user, admitted.password)
+            capture = cv2.VideoCapture(url, cv2.CAP_FFMPEG, [*timeout, cv2.CAP_PROP_N_THREADS, 1])
             hint = "check address, user and password of the stream"
         self._capture = capture
         if not capture.isOpened():
             raise CameraError(f"{config.name}: cannot be opened", hint=hint)
+        if not self._kernel_stamps:
+            rtsp.refuse_elsewhere(admitted.address)
         for setting, value in (
             (cv2.CAP_PROP_FRAME_WIDTH, config.width),
             (cv2.CAP_PROP_FRAME_HEIGHT, config.height),

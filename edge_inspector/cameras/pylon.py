@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 from edge_inspector.cameras import genicam
 from edge_inspector.cameras.folder import broken_frame
-from edge_inspector.cameras.source import Address, DeviceClock, Found, Info, moment, settle
+from edge_inspector.cameras.source import DeviceClock, Found, Info, moment, settle
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import Admit
 from edge_inspector.errors import CameraError, PictureError
 from edge_inspector.frames import Frame, frozen
 from edge_inspector.installation import install
@@ -78,16 +78,15 @@ class _Nodes:
 class PylonSource:
     """Source protocol for one camera."""
 
-    def __init__(self, config: CameraConfig, _base: Path) -> None:
-        self.config = config
+    def __init__(self, config: CameraConfig, admit: Admit) -> None:
+        self.config, self._admit = config, admit
         self._camera: Any = None
         self._seq = self._last_id = 0
         self._clock = DeviceClock()
 
     def open(self) -> Info:
         """Open, set, read back, start. Raises CameraError."""
-        address, pylon = Address.of(self.config.uri), library()
-        address.known("trigger")
+        address, pylon = self._admit(self.config).address, library()
         factory = pylon.TlFactory.GetInstance()
         answering = {told.GetSerialNumber(): told for told in factory.EnumerateDevices()}
         device = answering.get(address.place) if address.place else next(iter(answering.values()), None)

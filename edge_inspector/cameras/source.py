@@ -7,9 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any, Literal, Protocol
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 from edge_inspector.config import CameraConfig
 from edge_inspector.errors import CameraError
@@ -76,42 +74,6 @@ class Source(Protocol):
     def close(self) -> None:
         """Let go of the device; may be called twice, never takes long."""
         ...
-
-
-@dataclass(frozen=True)
-class Address:
-    """A camera URI taken apart: scheme, where, options."""
-
-    uri: str
-    scheme: str
-    place: str
-    options: dict[str, str]
-
-    @classmethod
-    def of(cls, uri: str) -> Address:
-        """Take a URI apart."""
-        if uri.startswith("gst:"):  # a pipeline may hold any character
-            return cls(uri, "gst", uri.removeprefix("gst:"), {})
-        parts = urlsplit(uri)
-        return cls(uri, parts.scheme, unquote(parts.netloc + parts.path), dict(parse_qsl(parts.query)))
-
-    def path(self, base: Path) -> Path:
-        """The place as a path; a relative one starts at `base`."""
-        return base / self.place
-
-    def number(self, name: str, default: float) -> float:
-        """A numeric option. Raises CameraError."""
-        text = self.options.get(name, "")
-        try:
-            return float(text) if text else default
-        except ValueError as error:
-            raise CameraError(f"{self.uri}: option {name}={text!r} is not a number") from error
-
-    def known(self, *names: str) -> None:
-        """Raise CameraError for an option that means nothing here."""
-        unknown = sorted(set(self.options) - set(names))
-        if unknown:
-            raise CameraError(f"{self.uri}: unknown option {unknown[0]!r}", hint=f"allowed: {', '.join(names) or 'none'}")
 
 
 def check_format(config: CameraConfig, info: Info) -> None:

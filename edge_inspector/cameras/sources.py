@@ -6,26 +6,29 @@ import fcntl
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import parse_qsl
 
+from edge_inspector.addresses import scheme_of
 from edge_inspector.cameras import aravis, gentl, pylon
 from edge_inspector.cameras.folder import FolderSource
 from edge_inspector.cameras.gst import GstSource
 from edge_inspector.cameras.isolation import IsolatedSource
 from edge_inspector.cameras.mjpeg import MjpegSource
 from edge_inspector.cameras.opencv import OpencvSource
-from edge_inspector.cameras.source import Address, Found, Source
+from edge_inspector.cameras.source import Found, Source
 from edge_inspector.cameras.synthetic import LETHAL, SyntheticSource
 from edge_inspector.cameras.video import VideoSource
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import Admit
 from edge_inspector.errors import CameraError
 
 _ENUM_FMT, _FORMAT_LAYOUT = 0xC0405602, "=III32s4s16x"
-_KINDS: dict[str, Callable[[CameraConfig, Path], Source]] = {
+_KINDS: dict[str, Callable[[CameraConfig, Admit], Source]] = {
     "dir": FolderSource,
     "file": VideoSource,
     "synthetic": SyntheticSource,
 }
-_ISOLATED: dict[str, Callable[[CameraConfig, Path], Source]] = {
+_ISOLATED: dict[str, Callable[[CameraConfig, Admit], Source]] = {
     **dict.fromkeys(("http", "https"), MjpegSource), **dict.fromkeys(("gst", "csi"), GstSource),
     **dict.fromkeys(("v4l2", "rtsp", "rtsps"), OpencvSource), "pylon": pylon.PylonSource, "gentl": gentl.GentlSource,
     **dict.fromkeys(("aravis", "gige", "u3v"), aravis.AravisSource),
@@ -33,16 +36,24 @@ _ISOLATED: dict[str, Callable[[CameraConfig, Path], Source]] = {
 """These can hang, or crash: they are a vendor's library, or FFmpeg."""
 
 
-def direct_source(config: CameraConfig, base: Path) -> Source:
-    """The source of a URI, in this process."""
-    return (_KINDS | _ISOLATED)[Address.of(config.uri).scheme](config, base)
+def direct_source(config: CameraConfig, admit: Admit) -> Source:
+    """The source of a URI, in this process. `admit`: the door that it asks when it is opened."""
+    return (_KINDS | _ISOLATED)[scheme_of(config.uri)](config, admit)
 
 
-def open_source(config: CameraConfig, base: Path) -> Source:
-    """The source of a URI, in a child process where its calls can hang. Not opened yet."""
-    address = Address.of(config.uri)
-    isolated = address.scheme in _ISOLATED or "isolate" in address.options or address.options.get("fault") in LETHAL
-    return IsolatedSource(config, base) if isolated else direct_source(config, base)
+def is_isolated(config: CameraConfig) -> bool:
+    """Whether its calls can hang, so that a child process makes them."""
+    options = dict(parse_qsl(config.uri.partition("?")[2])) if scheme_of(config.uri) == "synthetic" else {}
+    return scheme_of(config.uri) in _ISOLATED or "isolate" in options or options.get("fault") in LETHAL
+
+
+def open_source(config: CameraConfig, admit: Admit, own: Path | None = None, cache: Path | None = None) -> Source:
+    """The source of a URI, in a child process where its calls can hang. Not opened yet.
+
+    `own`: the only folder that its child may write to, removed when it is closed; None: one of its own. `cache`: where its
+    libraries may keep what they find out; None: `own`.
+    """
+    return IsolatedSource(config, admit, own, cache) if is_isolated(config) else direct_source(config, admit)
 
 
 def search() -> tuple[list[Found], list[CameraError]]:

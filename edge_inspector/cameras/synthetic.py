@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import threading
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_inspector.cameras.folder import Pace, broken_frame, info_of
-from edge_inspector.cameras.source import Address, Info, check_format
+from edge_inspector.cameras.source import Info, check_format
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import Admit
 from edge_inspector.errors import CameraEnded, CameraError
 from edge_inspector.frames import Frame, Pixels, frozen, utc_now
 
@@ -51,20 +51,19 @@ def draw_part(rng: np.random.Generator, height: int, width: int, defect: bool) -
 class SyntheticSource:
     """Draws one part per frame; the source_id tells the truth: `000007-good`, `000008-defect`."""
 
-    def __init__(self, config: CameraConfig, _base: Path) -> None:
-        self.config = config
+    def __init__(self, config: CameraConfig, admit: Admit) -> None:
+        self.config, self._admit = config, admit
         self._seq = 0
 
     def open(self) -> Info:
         """Read the options. Raises CameraError."""
-        address = Address.of(self.config.uri)
-        address.known("width", "height", "fps", "seed", "depth", "grey", "count", "defect_rate", "fault", "after", "isolate")
+        address = self._admit(self.config).address
         self._size = (int(address.number("height", 128)), int(address.number("width", 128)))
         self._depth, self._grey = int(address.number("depth", 8)), address.number("grey", 0) > 0
         self._count, self._defect_rate = address.number("count", float("inf")), address.number("defect_rate", 0.2)
         self._fault, self._after = address.options.get("fault", ""), int(address.number("after", 0))
         if self._fault and self._fault not in FAULTS:
-            raise CameraError(f"{self.config.name}: unknown fault {self._fault!r}", hint=f"allowed: {', '.join(FAULTS)}")
+            raise CameraError(f"{self.config.name}: unknown fault", hint=f"allowed: {', '.join(FAULTS)}")
         if min(self._size) < 16 or self._depth not in (8, 16):
             raise CameraError(f"{self.config.name}: width and height are at least 16, depth is 8 or 16")
         fps = address.number("fps", 0)

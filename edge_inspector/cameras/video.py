@@ -11,15 +11,16 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import cv2
 import numpy as np
 
 from edge_inspector import pictures
+from edge_inspector.cameras.ffmpeg import RECORDINGS, restricted
 from edge_inspector.cameras.folder import Pace, broken_frame, info_of
-from edge_inspector.cameras.source import Address, Info, check_format
+from edge_inspector.cameras.source import Info, check_format
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import Admit
 from edge_inspector.errors import CameraEnded, CameraError, PictureError
 from edge_inspector.frames import Frame, Pixels, frozen, utc_now
 
@@ -46,16 +47,15 @@ class _Slot:
 class VideoSource:
     """The frames of a video file. What cannot be decoded is a broken frame; what is missing is counted and told."""
 
-    def __init__(self, config: CameraConfig, base: Path) -> None:
-        self.config, self.base = config, base
+    def __init__(self, config: CameraConfig, admit: Admit) -> None:
+        self.config, self._admit = config, admit
         self._seq = self._number = 0
         self._capture: cv2.VideoCapture | None = None
 
     def open(self) -> Info:
         """Open the file and look at its first frame. Raises CameraError."""
-        address = Address.of(self.config.uri)
-        address.known("fps", "loop")
-        self._path = address.path(self.base)
+        admitted = self._admit(self.config)
+        address, self._path = admitted.address, admitted.path
         self._loop = address.number("loop", 0) > 0
         fps = address.number("fps", 0)
         self._pace = Pace(fps)
@@ -74,7 +74,8 @@ class VideoSource:
     def _rewind(self) -> None:
         """Begin anew: look at the packets, then open what decodes them."""
         self.close()
-        packets = cv2.VideoCapture(str(self._path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
+        with restricted(RECORDINGS):
+            packets = cv2.VideoCapture(str(self._path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
         codec = int(packets.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=False).decode("latin-1")
         self._strict, self._count = codec in _MJPEG, round(packets.get(cv2.CAP_PROP_FRAME_COUNT))
         self._pending: tuple[float, Pixels] | None = None
@@ -84,7 +85,8 @@ class VideoSource:
             return
         self._slots = deque(_slots(packets))
         packets.release()
-        self._capture = cv2.VideoCapture(str(self._path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+        with restricted(RECORDINGS):
+            self._capture = cv2.VideoCapture(str(self._path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
 
     def read(self, timeout_s: float) -> Frame | None:
         """The next frame. Raises CameraEnded after the last, unless loop=1."""

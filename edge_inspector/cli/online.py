@@ -70,11 +70,20 @@ def init(
     err.print("  edge-inspector run")
 
 
-def check(config: ConfigOption = Path("device.yaml"), as_json: JsonOption = False) -> None:
+def check(
+    config: ConfigOption = Path("device.yaml"),
+    sources: Annotated[
+        bool, typer.Option("--sources", help="print the section of device.yaml that lists all cameras of the line")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Validate the configuration and everything it names: broker, cameras, bundles. Prints every fault."""
-    from edge_inspector.checks import check_device  # noqa: PLC0415
+    from edge_inspector.checks import check_device, sources_section  # noqa: PLC0415
 
     logging.basicConfig(level=logging.CRITICAL)  # every fault is printed below
+    if sources:
+        print(sources_section(config), end="")  # noqa: T201 - to be put into a file as it is
+        return
     findings = check_device(config)
     if as_json:
         print_json([{"thing": f.thing, "ok": f.ok, "text": f.text, "hint": f.hint} for f in findings])
@@ -118,25 +127,26 @@ def capture(
     from edge_inspector import capture as taking  # noqa: PLC0415
     from edge_inspector.cameras import Camera, open_source  # noqa: PLC0415
     from edge_inspector.config import CameraConfig, load_device, load_line  # noqa: PLC0415
+    from edge_inspector.door import typed  # noqa: PLC0415
     from edge_inspector.schema import validate  # noqa: PLC0415
+    from edge_inspector.wiring import door_of  # noqa: PLC0415
 
-    base = Path.cwd()
     if "://" in camera or camera.startswith("gst:"):
-        settings = validate(CameraConfig, {"uri": camera}, "camera")
+        settings, admit = validate(CameraConfig, {"uri": camera}, "camera"), typed(Path.cwd())
     else:
         device = load_device(config)
         station, _, name = camera.partition("/")
         known = {f"{s}/{c}": made for s, of in load_line(device.line_file).stations.items() for c, made in of.cameras.items()}
         if f"{station}/{name}" not in known:
             raise InspectorError(f"no camera {camera!r} in {device.line_file}", hint=f"there are: {', '.join(known)}")
-        settings, base = known[camera], device.folder
+        settings, admit = known[camera], door_of(device).admit
     stop, missed, told = threading.Event(), 0, ""
     logging.getLogger("edge_inspector").addHandler(logging.NullHandler())  # what goes wrong is told once, below
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     album = taking.Album(out_folder)
     try:
         triggered = "trigger=software" in settings.uri.lower()
-        make = partial(open_source, settings, base)
+        make = partial(open_source, settings, admit)
         with Camera("capture", settings, make, on_demand=triggered) as source, progress_bar() as shown:
             task = shown.add_task("pictures", total=count, figures="")
             for taken in taking.capture(source, album, count=count, every_s=every_s, ended=stop.is_set):

@@ -165,7 +165,7 @@ def diff(
     else:
         _show_differences(found)
         if not found:
-            err.print("no difference, but for what is masked")
+            err.print("no difference, but for what a report does not tell")
     raise typer.Exit(1 if found else 0)
 
 
@@ -185,7 +185,7 @@ def set_(
         if not as_json:
             _show_differences(found)
             if not found and not same:
-                out.print("what differs is masked: a user, a password or an option of a stream")
+                out.print("what differs is not told: the path, options or user of a stream")
         if same:
             err.print(f"nothing would change: version {told.version} says the same")
             if as_json:
@@ -335,8 +335,8 @@ def _read(file: Path) -> tuple[dict[str, Any], LineConfig]:
 
 
 def _differences(told: ConfigReported, line: LineConfig) -> list[Difference]:
-    """But for the version, which every order changes. Passwords are masked on both sides."""
-    return [d for d in differences(told.line, line.document(masked=True)) if d.path != "version"]
+    """But for the version, which every order changes. Of addresses both sides tell what a report does."""
+    return [d for d in differences(told.line, line.document(reported_only=True)) if d.path != "version"]
 
 
 def _show_differences(found: list[Difference]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_inspector.addresses import WITHHELD
 from edge_inspector.config import LineConfig, parse_line
 from edge_inspector.errors import Fault, InspectorError, SchemaError, SignatureError
 from edge_inspector.messages import Cause, ConfigDesired, ConfigReported, Confirm
@@ -24,7 +25,6 @@ from edge_inspector.remote.trial import TOLD, Kept, Trials, boot_time
 log = logging.getLogger(__name__)
 
 WHAT = "configuration"
-_MASK = "***"
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,17 @@ class Configuration:
 
     def __init__(
         self, path: Path, load_file: Callable[[], LineConfig], authority: Authority,
-        clock: Callable[[], tuple[str, float]] = boot_time,
+        clock: Callable[[], tuple[str, float]] = boot_time, *, refusals: Callable[[LineConfig], list[Fault]] = lambda _: [],
     ) -> None:  # fmt: skip
-        """`path`: where its state lies. Begins with what is on disk.
+        """`path`: where its state lies. `refusals`: what a wanted line names and this device does not list.
+
+        Begins with what is on disk.
 
         Raises SchemaError or InspectorError when nothing is on disk and the file is not good.
         """
         self.candidate: Candidate | None = None
         self.trials = Trials(path, WHAT, clock)
-        self._load_file, self._authority = load_file, authority
+        self._load_file, self._authority, self._refusals = load_file, authority, refusals
         self._answered = ""
         self._lines: dict[str, LineConfig] = {}
         """Parsed, by hash: of what is good and what is on trial."""
@@ -92,7 +94,7 @@ class Configuration:
         return ConfigReported(
             source="remote" if self.is_remote else "local", version=reference.version, hash=reference.hash,
             good_version=self.good_line.version, seen=self.seen, trial=trials.facts(), last=trials.last,
-            history=trials.state.history[-TOLD:], line=self.line.document(masked=True),
+            history=trials.state.history[-TOLD:], line=self.line.document(reported_only=True),
         )  # fmt: skip
 
     # --- orders
@@ -132,7 +134,9 @@ class Configuration:
 
     def _desired(self, order: ConfigDesired, busy: str, *, again: bool) -> None:
         line = parse_line(order.line, "config/desired")
-        _refuse_masked(line)
+        faults = _withheld(line) or self._refusals(line)
+        if faults:
+            raise SchemaError("config/desired", faults)
         version, digest = line.version, line.reference().hash
         if self.trials.knows(version, digest) or line.reference() == self.line.reference():
             if not again:
@@ -262,13 +266,11 @@ class Configuration:
         return self._lines[kept.hash]
 
 
-def _refuse_masked(line: LineConfig) -> None:
-    """A document that was read back has its passwords masked. Raises SchemaError."""
-    faults = [
-        Fault(f"stations.{name}.cameras.{camera}.uri", "a password or option is masked", config.uri, "write it out")
+def _withheld(line: LineConfig) -> list[Fault]:
+    """Addresses of a document that was read back from a report, which does not tell them whole."""
+    return [
+        Fault(f"stations.{name}.cameras.{camera}.uri", f"holds {WITHHELD}, for what a report does not tell", "", "write it out")
         for name, station in line.stations.items()
         for camera, config in station.cameras.items()
-        if _MASK in config.uri
+        if WITHHELD in config.uri
     ]
-    if faults:
-        raise SchemaError("config/desired", faults)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Protocol
 from urllib.parse import urlsplit
 
+from edge_inspector.addresses import told_source
 from edge_inspector.bundles import MANIFEST, MAX_MANIFEST_BYTES, SIGNATURE, FileEntry, Manifest, signed_manifest
 from edge_inspector.errors import BundleDamaged, BundleError, BundleUntrusted, SourceUnreachable
 
@@ -24,6 +25,8 @@ _PIECE = 1 << 18
 _TIMEOUT_S = 20.0
 Tell = Callable[[str, int, int], None]
 """Phase, bytes done, bytes in all; what it raises ends the work."""
+Judge = Callable[[str], str]
+"""Says where a source really lies; raises BundleError for one that may not be read."""
 
 
 class _Place(Protocol):
@@ -33,31 +36,36 @@ class _Place(Protocol):
 
 
 class _Folder:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, judge: Judge) -> None:
+        self.folder, self._judge = folder, judge
 
     def open(self, name: str, offset: int) -> tuple[IO[bytes], int]:
-        file = (self.folder / name).open("rb")
+        place = Path(self._judge(str(self.folder / name)))
+        file = place.open("rb")
         file.seek(offset)
         return file, offset
 
 
 class _NoDetours(urllib.request.HTTPRedirectHandler):
-    """Only to https again."""
+    """Only to https again, at a host that is listed."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
         if urlsplit(newurl).scheme != "https":
-            raise urllib.error.URLError(f"leads on to {newurl}, which is no https address")
+            raise urllib.error.URLError("leads on to what is no https address")
+        self._judge(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 class _Server:
-    def __init__(self, url: str, ca_file: Path | None) -> None:
+    def __init__(self, url: str, ca_file: Path | None, judge: Judge) -> None:
         self.url = url.rstrip("/")
         context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
-        self._opener = urllib.request.build_opener(_NoDetours(), urllib.request.HTTPSHandler(context=context))
+        self._opener = urllib.request.build_opener(_NoDetours(judge), urllib.request.HTTPSHandler(context=context))
 
     def open(self, name: str, offset: int) -> tuple[IO[bytes], int]:
         request = urllib.request.Request(f"{self.url}/{name}")  # noqa: S310 - https, as `fetch` sees to
@@ -67,31 +75,35 @@ class _Server:
         return answer, offset if answer.status == PARTIAL_CONTENT else 0
 
 
-def fetch(source: str, folder: Path, trust: Path, tell: Tell, ca_file: Path | None = None) -> Manifest:
+def fetch(
+    source: str, folder: Path, trust: Path, tell: Tell, ca_file: Path | None = None, *, judge: Judge = lambda place: place
+) -> Manifest:  # fmt: skip
     """Bring the bundle at `source`, an https address or an absolute path, into `folder`; returns its manifest.
 
     The manifest and its signature come first: nothing else is fetched of a bundle that is not trusted, and of each file no
     more than the manifest says. Files that are there already are kept. Everything is on disk when this returns.
+    `judge`: the door, which is asked where each file really lies and each redirection leads.
     Raises BundleError.
     """
     place: _Place
+    where = told_source(source)
     if urlsplit(source).scheme == "https":
-        place = _Server(source, ca_file)
+        place = _Server(source, ca_file, judge)
     elif source.startswith("/"):
-        place = _Folder(Path(source))
+        place = _Folder(Path(source), judge)
     else:
-        raise BundleError(f"{source}: neither an https address nor an absolute path", hint="https://server/bundles/lid/7")
+        raise BundleError(f"{where}: neither an https address nor an absolute path", hint="https://server/bundles/lid/7")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (MANIFEST, SIGNATURE):
-            (folder / name).write_bytes(_small(place, name, source))
+            (folder / name).write_bytes(_small(place, name, where))
         manifest = signed_manifest(folder, trust)
         _refuse_no_room(folder, sum(entry.size for entry in manifest.files.values()))
         _bring(place, folder, manifest, tell)
         _sync(folder)
     except (OSError, HTTPException) as error:  # URLError is an OSError
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise SourceUnreachable(f"{source}: {reason}", hint="is it there, and can this device reach it?") from error
+        raise SourceUnreachable(f"{where}: {reason}", hint="is it there, and can this device reach it?") from error
     return manifest
 
 

@@ -17,11 +17,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_inspector.addresses import told_source
 from edge_inspector.bundles import Bundle, open_bundle, signed_manifest
 from edge_inspector.errors import BundleUnsupported, InspectorError, SchemaError, SignatureError, SourceUnreachable
 from edge_inspector.messages import BundleDesired, BundleReported, Confirm, PhaseFacts, ShadowFacts
 from edge_inspector.remote.authority import Authority
-from edge_inspector.remote.fetch import Tell, fetch
+from edge_inspector.remote.fetch import Judge, Tell, fetch
 from edge_inspector.remote.trial import TOLD, Kept, State, Trials, boot_time
 
 log = logging.getLogger(__name__)
@@ -46,15 +47,19 @@ class Rollout:
 
     def __init__(
         self, name: str, folder: Path, own: Path, authority: Authority, *, trust: Path, ca_file: Path | None = None,
-        clock: Callable[[], tuple[str, float]] = boot_time,
+        judge: Judge = lambda place: place, clock: Callable[[], tuple[str, float]] = boot_time,
     ) -> None:  # fmt: skip
-        """`folder`: where its state and releases lie; `own`: the device's own one; `trust`: keys of bundles."""
+        """`folder`: where its state and releases lie; `own`: the device's own one; `trust`: keys of bundles.
+
+        `judge`: the door, which says what a bundle may come from.
+        """
         self.name, self.own = name, own
         self.candidate: Wanted | None = None
         self.phase: PhaseFacts | None = None
         self.shadow: ShadowFacts | None = None
         self.trials = Trials(folder / "rollout.json", f"bundle {name}", clock)
         self._folder, self._authority, self._trust, self._ca_file = folder, authority, trust, ca_file
+        self._judge = judge
         self._answered = ""
         self._own_release = self._known_own()
 
@@ -141,6 +146,7 @@ class Rollout:
             self.trials.note(order.by, "stale", f"releases up to {seen} are taken", order.release, digest)
             return
         self.trials.refuse_leap(order.release)
+        self._judge(order.source)
         if busy or self.candidate is not None:
             raise InspectorError(busy or f"release {self.candidate.order.release if self.candidate else ''} is being tried")
         if self.trials.attempt(order.by, order.release, digest):
@@ -152,7 +158,7 @@ class Rollout:
         order = wanted.order
         for wait_s in (*_RETRIES_S, None):
             try:
-                fetch(order.source, wanted.folder, self._trust, tell, self._ca_file)
+                fetch(order.source, wanted.folder, self._trust, tell, self._ca_file, judge=self._judge)
                 break
             except SourceUnreachable as error:
                 if wait_s is None:
@@ -164,7 +170,8 @@ class Rollout:
         manifest = bundle.manifest
         if (manifest.name, manifest.release) != (self.name, order.release):
             raise BundleUnsupported(
-                f"{order.source} holds release {manifest.release} of {manifest.name}, wanted is {order.release} of {self.name}"
+                f"{told_source(order.source)} holds release {manifest.release} of {manifest.name}, "
+                f"wanted is {order.release} of {self.name}"
             )
         device = self._authority.device
         if manifest.scope and not any(device == place or device.startswith(f"{place}/") for place in manifest.scope):

@@ -21,6 +21,7 @@ import psutil
 
 from edge_inspector.cameras import Camera, CameraState, open_source
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import typed
 from tests.faults.rigs import RIGS, Rig, Rtsp
 from tests.line import DaemonProcess, Mosquitto, collected, device_folder, subscribing, until
 
@@ -48,7 +49,7 @@ def flow(rig: Rig, seconds: float) -> dict[str, Any]:
     """Frames as they come."""
     config = CameraConfig.model_validate({"uri": rig.uri, "timeout_ms": 1000, **rig.settings})
     triggered = "trigger=" in rig.uri
-    with Camera("top", config, partial(open_source, config, Path("/")), on_demand=triggered) as camera:
+    with Camera("top", config, partial(open_source, config, typed(Path("/"))), on_demand=triggered) as camera:
         until(lambda: camera.state is CameraState.STREAMING, 30, "streaming")
         ages, shown = [], []
         began, busy = time.monotonic(), cpu_s()
@@ -78,7 +79,7 @@ def trouble(rig: Rig, fault: str) -> dict[str, float]:
     """Seconds until it is noticed, and from its end until a good frame."""
     guards = {"dark_below": 10, "frozen_frames": 5}
     config = CameraConfig.model_validate({"uri": rig.uri, "timeout_ms": 500, "guards": guards, **rig.settings})
-    with Camera("top", config, partial(open_source, config, Path("/")), on_demand="trigger=" in rig.uri) as camera:
+    with Camera("top", config, partial(open_source, config, typed(Path("/"))), on_demand="trigger=" in rig.uri) as camera:
 
         def good() -> bool:
             if camera.on_demand:

@@ -19,6 +19,7 @@ import pytest
 
 from edge_inspector.cameras import Camera, Source, open_source
 from edge_inspector.config import CameraConfig
+from edge_inspector.door import typed
 from tests.faults.rigs import Http
 from tests.line import DaemonProcess, Listener, Mosquitto, device_folder, listening, until
 from tests.tiny import tiny_bundle
@@ -167,7 +168,7 @@ def test_a_lost_camera_is_tried_less_and_less_often_but_often_enough_and_not_in_
 
     def opened(times: list[float]) -> Source:
         times.append(time.monotonic())
-        return open_source(config, tmp_path)
+        return open_source(config, typed(tmp_path))
 
     with ExitStack() as stack:
         for number, times in enumerate(tried):

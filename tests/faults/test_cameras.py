@@ -22,6 +22,7 @@ import pytest
 from edge_inspector.bundles import Bundle
 from edge_inspector.cameras import Camera, CameraState, open_source
 from edge_inspector.config import CameraConfig, LineConfig, StationConfig
+from edge_inspector.door import typed
 from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import Frame, Trigger, utc_now
 from edge_inspector.inspector import Inspectors
@@ -63,7 +64,7 @@ def configured(rig: Rig, **more: Any) -> CameraConfig:
 
 @contextmanager
 def opened(config: CameraConfig, *, on_demand: bool = False) -> Iterator[Camera]:
-    with Camera("top", config, partial(open_source, config, Path("/")), on_demand=on_demand) as camera:
+    with Camera("top", config, partial(open_source, config, typed(Path("/"))), on_demand=on_demand) as camera:
         yield camera
 
 
@@ -82,7 +83,7 @@ class Line:
         self.outbox = stack.enter_context(Outbox(folder / "state", ["press"]))
         setting = Setting(
             outbox=self.outbox, evidence=stack.enter_context(EvidenceStore(folder / "evidence", 0)), session="s",
-            configuration=line.reference(), make_source=lambda name: open_source(cameras[name], folder),
+            configuration=line.reference(), make_source=lambda name: open_source(cameras[name], typed(folder)),
             inspectors=lambda _: Inspectors.of(config, line, lambda _: engine), clock_ok=lambda: True, watch=lambda _: lambda: None, forget=lambda _: None,
             orders=Orders(folder / "orders.json", ["press"]),
         )  # fmt: skip
@@ -231,7 +232,7 @@ def _streams(camera: Camera) -> bool:
 def test_a_camera_ends_within_three_seconds_from_any_state(rig: Rig) -> None:
     states = ["well", "opening", *({"hang", "unplug"} & rig.shows)]
     for state in states:
-        camera = Camera("top", config := configured(rig), partial(open_source, config, Path("/")))
+        camera = Camera("top", config := configured(rig), partial(open_source, config, typed(Path("/"))))
         camera.__enter__()
         if state != "opening":
             until(partial(_streams, camera), 30, "streaming")
