@@ -30,6 +30,8 @@ class Setting:
     watch: Callable[[str], Callable[[], None]]
     """Loop name -> its tick."""
     forget: Callable[[str], None]
+    hindrance: Callable[[], str] = lambda: ""
+    """Why no part could be judged, for reasons outside of the station; empty: there is none."""
     output: Outputs | None = None
     """Its wires to the line."""
     metrics: Metrics | None = None

@@ -252,7 +252,7 @@ class Station:
             self._swapped(self._wanted)
         if self.inspectors is not None and self._self_test.step(self.inspectors.engines):
             self._tested()
-        if self._camera_fault() != self._told_fault:
+        if self._hindrance() != self._told_fault:
             self._tell_ready()
 
     def _prepare(self) -> None:
@@ -301,14 +301,18 @@ class Station:
             return
         recipe = self.config.products.get(self._product) if self._product else None
         state = "halted" if self._halted else "single_execution" if busy else self._state
-        why = "halted by command" if self._halted else self._why or self._camera_fault()
-        self._told_fault = self._camera_fault()
+        why = "halted by command" if self._halted else self._why or self._hindrance()
+        self._told_fault = self._hindrance()
         ready = Ready.model_validate({
             "schema": "ei.ready.v1", "station": self.name, "state": state, "busy": busy,
             "ready": state in ("ready", "continuous_execution") and not why, "product": self._product, "recipe": recipe,
             "reason": why, "session": self.setting.session, "tested_at": self._self_test.at,
         })  # fmt: skip
         self.voice.retain(ready, "ready", self.name)
+
+    def _hindrance(self) -> str:
+        """Why parts that come now would not be judged, although the station could."""
+        return self._camera_fault() or self.setting.hindrance()
 
     def _camera_fault(self) -> str:
         return next((f"camera {n}: {c.fault}" for n, c in self.cameras.items() if c.state is CameraState.FAULT), "")
@@ -340,7 +344,7 @@ class Station:
     @property
     def operational(self) -> bool:
         """Whether parts that come now are judged; what the heartbeat tells."""
-        return self._judges and self._state != "preoperational" and not self._camera_fault()
+        return self._judges and self._state != "preoperational" and not self._hindrance()
 
     def _free_part(self) -> None:
         name, camera = next(iter(self.cameras.items()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
+import secrets
 import signal
 import tempfile
 import threading
@@ -317,8 +318,8 @@ def watch(
     begin: Literal["all", "new"] = "all" if start == "all" else "new"
     device = load_device(config)
     topics = topics_of(device)
-    client = f"watch-{threading.get_native_id()}"
-    others = (topics.of("alert", "+"), topics.of("ready", "+"), topics.of("state"), topics.of("health"))
+    client = f"watch-{secrets.token_hex(4)}"  # processes in containers share their numbers
+    others = (topics.of("alert", "+"), topics.of("health"))
 
     told: dict[tuple[str, ...], str] = {}
 
