@@ -102,7 +102,7 @@ class Outgoing:
         """This was too large."""
         self._endings.pop(sent.topic, None)
         borne = min(self._borne.get(sent.topic, 0), sent.size - 1)
-        self._learnt[sent.topic] = max(sent.size // 2, borne, SHORTEST - 1), time.monotonic()
+        self._learnt[sent.topic] = max(sent.size // 2, (sent.size + 3 * borne) // 4, SHORTEST - 1), time.monotonic()
 
     def payload_bytes(self, topic: str, told: int) -> int:
         """The largest payload for a topic: what the broker told, or less where it was learnt."""

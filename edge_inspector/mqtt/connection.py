@@ -47,6 +47,7 @@ _CONNECT_TIMEOUT_S = 5.0
 _FIRST_TIMEOUT_S = 1.5
 """The same while it is not known whether the broker speaks MQTT 5: some do not even refuse it."""
 _ASK_AGAIN_S = 30.0
+_UNSUPPORTED_VERSION = 0x84
 
 
 @dataclass(frozen=True)
@@ -374,6 +375,7 @@ class Connection:
         if "QoS" in reason.getName():
             self._will_fits = replace(self._will_fits, qos=0)
         self._last_error = ""
+        self._proven = self._proven or reason.value != _UNSUPPORTED_VERSION
         self._gone.set()
 
     def _accepted(self, client: paho.Client, limits: Limits) -> None:
