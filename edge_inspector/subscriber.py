@@ -149,9 +149,6 @@ class Subscriber:
     # --- messages in
 
     def _receive(self, wait_s: float) -> None:
-        if self._standing != self.connection.standing:  # what is retained comes again
-            self._standing = self.connection.standing
-            self._device, self._ready, self.online = None, {}, None
         with contextlib.suppress(queue.Empty):
             event = self.connection.events.get(timeout=wait_s)
             while True:
@@ -177,6 +174,9 @@ class Subscriber:
             log.warning("ignored: %s", error)
 
     def _take_presence(self, levels: tuple[str, ...], message: Message) -> None:
+        if self._standing != message.ack[0]:  # another connection: what is retained comes again
+            self._standing = message.ack[0]
+            self._device, self._ready, self.online = None, {}, None
         if levels[0] == "ready":
             self._ready[levels[1]] = messages.decode(Ready, message.payload, message.topic)
         elif levels == ("state",):

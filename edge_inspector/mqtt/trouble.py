@@ -108,6 +108,9 @@ def hint_of(words: str, *, tls: bool = False) -> str:
     for pattern, hint in _HINTS:
         if re.search(pattern, low):
             return hint
-    if ("closed" in low or "no answer" in low) and not tls:
-        return "does that port speak MQTT, and without TLS? For a port with TLS (8883) set broker: {tls: {ca_file: ...}}"
+    if re.search("closed|reset|no answer|timed out", low):
+        wrong = (
+            "TLS? broker.tls is set, and 1883 is usual without" if tls else "MQTT without TLS? For TLS (8883) set broker.tls"
+        )
+        return f"is the broker running there, and does that port speak {wrong}"
     return "is the broker running there, and are user and password right? broker: in device.yaml"
