@@ -1,7 +1,8 @@
 """Between the daemon and the broker's topics: commands, replay requests and orders in; results, state, replays, alerts out.
 
-Results leave the outbox in order, at most RESULTS_IN_FLIGHT unacknowledged; a new connection starts again after the
-last acknowledged one. Everything retained is remembered here and published anew on every connection.
+Results leave the outbox in order, a window of them unacknowledged (`outgoing`); a new connection starts again after the
+last acknowledged one. Everything retained is remembered here and published anew on every connection. What does not fit into
+what the broker takes is shortened, and says so; a result that fits in no form becomes a gap.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
@@ -28,26 +28,23 @@ from edge_inspector.messages import (
     MAX_REPORT_BYTES,
     Alert,
     Command,
-    Gap,
     Head,
     Ready,
-    ReplayEnd,
     ReplayRequest,
     Reply,
     ReplyError,
     Topics,
 )  # fmt: skip
-from edge_inspector.mqtt import Acknowledged, Connection, Message
+from edge_inspector.mqtt import Acknowledged, Connection, Message, Refused
 from edge_inspector.outbox import Outbox
+from edge_inspector.outgoing import turns
+from edge_inspector.resending import REPLAY_RANGE, Resending
 from edge_inspector.schema import MAX_BYTES, Field, TolerantModel
+from edge_inspector.sender import Sender
 from edge_inspector.threads import Thread
 
 log = logging.getLogger(__name__)
 
-RESULTS_IN_FLIGHT = 15
-"""Below what brokers allow one client; 20 is common."""
-REPLAY_RANGE = 500
-REPLAYS = 32
 ORDERS = 128
 """Remote orders that wait for the daemon; more are not acknowledged, so that the broker delivers them again."""
 ALERTS = 256
@@ -61,6 +58,10 @@ _PACE_S = 0.005
 """A backlog is sent a batch at a time: its acknowledgements gather meanwhile, and parts have the processor."""
 _HEAD_EVERY_S = 1.0
 _MAX_GAPS = 16
+_REPLAYED = ""
+"""Whose turn it is, where it is that of a replay."""
+_UNRETAINED_S = 10.0
+"""Where the broker retains nothing, what is true is said this often."""
 
 
 class _Asked(TolerantModel):
@@ -92,14 +93,12 @@ class Door(Protocol):
         ...
 
 
-@dataclass
-class _Replay:
-    request: ReplayRequest
-    station: str
-    at: int
-    hi: int
-    error: str = ""
-    gaps: list[tuple[int, int]] = field(default_factory=list)
+@dataclass(frozen=True)
+class _Retained:
+    message: BaseModel
+    payload: bytes
+    unheard: tuple[BaseModel, bytes] | None = None
+    """What is told instead while no trigger is heard."""
 
 
 class Broker:
@@ -116,10 +115,11 @@ class Broker:
         commands: Door | None = None,
         *,
         tick: Callable[[], None] = lambda: None,
-        hears: Callable[[], bool] = lambda: True,
+        hears: Callable[[], int | None] = lambda: 0,
     ) -> None:
-        """`commands` lets commands in; None: there are none. `tick` is called at least once a second while the thread is
-        alive; no station is told ready before `hears`.
+        """`commands` lets commands in; None: there are none. `tick` is called at least once a second while the thread is alive.
+
+        `hears`: the number of the connection on which triggers are heard; while it is None no station is told ready.
         """
         self.connection, self.topics, self.outbox, self.stations = connection, topics, outbox, stations
         self.orders: queue.Queue[Message] = queue.Queue(ORDERS)
@@ -130,16 +130,20 @@ class Broker:
         self.failure: Exception | None = None
         self._tick, self._hears, self._commands = tick, hears, commands
         self._stands_s: float | None = None
-        self._retained: dict[str, tuple[bytes, bool]] = {}
-        """Of each topic: payload, whether it waits until triggers are heard."""
+        self._heard = hears()
+        self._retained: dict[str, _Retained] = {}
+        self._taken_back: dict[str, None] = {}
+        """Topics that are to hold nothing any more."""
         self._told: dict[str, bytes] = {}
         """Of what is retained, what this connection has been told."""
         self._alerts: queue.SimpleQueue[Alert] = queue.SimpleQueue()
         self._standing: int | None = None
         self._sent: dict[str, int] = {}
-        self._in_flight: dict[int, tuple[str, int] | None] = {}
-        self._head_at = 0.0
-        self._replays: deque[_Replay] = deque()
+        self._sender = Sender(connection, topics)
+        self._resending = Resending(outbox, topics, self._sender)
+        self._turn = 0
+        self._refusing = threading.Lock()
+        self._head_at = self._unretained_s = 0.0
         self._redeliver_s: float | None = None
         self._refusals = Flood()
         self._closing = threading.Event()
@@ -171,12 +175,15 @@ class Broker:
 
     def retain(self, message: BaseModel, *levels: str) -> None:
         """Publish a retained message, now and on every new connection."""
-        waits = isinstance(message, Ready) and message.ready  # a trigger that it asks for must not be lost
-        self._retained[self.topics.of(*levels)] = messages.encode(message), waits
+        unheard = None
+        if isinstance(message, Ready) and message.ready:  # a trigger that it asks for must not be lost
+            deaf = message.model_copy(update={"ready": False, "reason": "no trigger is heard: see health"})
+            unheard = deaf, messages.encode(deaf)
+        self._retained[self.topics.of(*levels)] = _Retained(message, messages.encode(message), unheard)
         self.connection.wake()
 
     def alert(self, alert: Alert) -> None:
-        """Tell people, if there is a connection."""
+        """Tell people, as soon as there is a connection; of many that wait the latest are let go."""
         if self._alerts.qsize() < ALERTS:
             self._alerts.put(alert)
             self.connection.wake()
@@ -184,8 +191,8 @@ class Broker:
     def forget(self, *levels: str) -> None:
         """Take a retained message back: what it is about is gone."""
         topic = self.topics.of(*levels)
-        if topic in self._retained:
-            self._retained[topic] = b"", False
+        if self._retained.pop(topic, None) is not None:
+            self._taken_back[topic] = None
             self.connection.wake()
 
     @property
@@ -202,13 +209,11 @@ class Broker:
                 self._tick()
                 self._take_events(0.02 if end else _WAIT_S)
                 self._notice_connection()
-                self._send_alerts()
                 if self._standing is not None:
+                    self._send_alerts()
                     self._send_retained()
-                    self._send_results()
-                    if len(self._in_flight) >= RESULTS_IN_FLIGHT:
+                    if self._send_results():
                         time.sleep(_PACE_S)
-                    self._serve_replays()
                 self._redeliver()
                 if self._closing.is_set() and end is None:
                     end = time.monotonic() + 1.0
@@ -217,7 +222,7 @@ class Broker:
             self.failure = error
 
     def _pending(self) -> bool:
-        return self._standing is not None and (bool(self._in_flight) or bool(self._unsent()) or not self._alerts.empty())
+        return self._standing is not None and (bool(len(self._sender.out)) or bool(self._unsent()) or not self._alerts.empty())
 
     def _take_events(self, wait_s: float) -> None:
         try:
@@ -227,48 +232,66 @@ class Broker:
                     self._take(event)
                 elif isinstance(event, Acknowledged):
                     self._acknowledged(event.token)
+                elif isinstance(event, Refused):
+                    self._was_refused(event)
                 event = self.connection.events.get_nowait()
         except queue.Empty:
             return
 
     def _notice_connection(self) -> None:
-        standing = self.connection.standing
+        heard, standing = self._hears(), self.connection.standing
+        if heard != self._heard:  # what the will may have said meanwhile is out of date
+            self._heard = heard
+            ready = self.topics.of("ready", "")
+            self._told = {topic: told for topic, told in self._told.items() if not topic.startswith(ready)}
         if standing == self._standing:
             return
+        self._sender.begin()
         self._standing = standing
         self._stands_s = self._stands_s or (time.monotonic() if standing is not None else None)
-        self._in_flight.clear()
-        self._replays.clear()
+        self._resending.clear()
         self._head_at = 0.0
         for station in self.outbox.stations:
             self._sent[station] = self.outbox.head(station).acked
         self._told = {}
 
     def _send_alerts(self) -> None:
-        while not self._alerts.empty():
+        while not self._alerts.empty() and self._sender.may_send:
             alert = self._alerts.get()
-            self.connection.publish(self.topics.of("alert", alert.station), messages.encode(alert), expires_s=ALERT_EXPIRES_S)
+            left_s = (alert.expires_at - utc_now()).total_seconds()
+            sent = self._sender.publish(self.topics.of("alert", alert.station), alert, expires_s=max(1.0, left_s))
+            if not sent:
+                self._alerts.put(alert)
+                return
 
-    def _unsent(self) -> dict[str, bytes]:
+    def _unsent(self) -> dict[str, tuple[BaseModel, bytes]]:
         """What is retained and not told yet."""
-        retained, hears = self._retained.copy(), self._hears()  # at once, beside whoever adds to it
-        return {t: p for t, (p, waits) in retained.items() if self._told.get(t) != p and (hears or not waits)}
+        unsent = {}
+        for topic, kept in self._retained.copy().items():  # at once, beside whoever adds to it
+            message, payload = kept.message, kept.payload
+            if self._heard is None and kept.unheard is not None:
+                message, payload = kept.unheard
+            if self._told.get(topic) != payload and not self._sender.is_held(topic):
+                unsent[topic] = message, payload
+        return unsent
 
     def _send_retained(self) -> None:
-        if time.monotonic() - self._head_at > _HEAD_EVERY_S:
-            self._head_at = time.monotonic()
+        now_s = time.monotonic()
+        if now_s - self._head_at > _HEAD_EVERY_S:
+            self._head_at = now_s
             for station in self.outbox.stations:
                 self.retain(self._head(station), "head", station)
-        for topic, payload in self._unsent().items():
-            token = self.connection.publish(topic, payload, retain=True)
-            if token is not None and not payload:  # taken back: not to be remembered for ever
-                if self._retained.get(topic) == (b"", False):
-                    del self._retained[topic]
-            elif (
-                token is not None
-            ):  # known until acknowledged: who stops waits for "offline" to arrive, not to have been written
+        if not self.connection.limits.retain and now_s - self._unretained_s > _UNRETAINED_S:
+            self._unretained_s = now_s
+            self._told = {}
+        for topic in self._taken_back.copy():
+            if topic in self._retained or self.connection.publish(topic, b"", retain=True) is not None:
+                del self._taken_back[topic]
+        for topic, (message, payload) in self._unsent().items():
+            if not self._sender.may_send:
+                return
+            if self._sender.publish(topic, message, retain=True):
                 self._told[topic] = payload
-                self._in_flight[token] = None
 
     def _head(self, station: str) -> Head:
         head = self.outbox.head(station)
@@ -278,59 +301,58 @@ class Broker:
 
     # --- results out
 
-    def _send_results(self) -> None:
-        for station in self.outbox.stations:
-            room = RESULTS_IN_FLIGHT - len(self._in_flight)
-            head = self.outbox.head(station)
-            if room <= 0 or self._sent[station] >= head.hi:
-                continue
-            topic = self.topics.of("result", station)
-            for seq, payload in self.outbox.results(station, self._sent[station] + 1, head.hi, room):
-                token = self.connection.publish(topic, payload)
-                if token is None:
-                    return
-                self._in_flight[token] = (station, seq)
+    def _send_results(self) -> bool:
+        """Send what the window has room for, every station and the replays in turn; returns whether more waits."""
+        waiting = {
+            station: self.outbox.head(station).hi - self._sent[station]
+            for station in self.outbox.stations
+            if not self._sender.is_held(self.topics.of("result", station))
+        }
+        if self._resending:
+            waiting[_REPLAYED] = REPLAY_RANGE
+        given = turns(waiting, self._sender.out.room, self._turn)
+        self._turn += bool(given)
+        for station, count in given.items():
+            if station == _REPLAYED:
+                self._resending.serve(count)
+            elif not self._send_station(station, count):
+                return False
+        return sum(waiting.values()) > sum(given.values())
+
+    def _send_station(self, station: str, count: int) -> bool:
+        """The next results of a station; returns whether the connection stands."""
+        topic, lo = self.topics.of("result", station), self._sent[station] + 1
+        for seq, payload in self.outbox.results(station, lo, self.outbox.head(station).hi, count):
+            fits = self._sender.fitted(topic, payload)
+            if fits is None:
+                self._left_out(station, seq)
+            elif self._sender.result(topic, fits, station, seq):
                 self._sent[station] = seq
+            else:
+                return False
+        return True
+
+    def _left_out(self, station: str, seq: int) -> None:
+        """A result that fits in no form: a replay tells the gap, those behind it go on."""
+        self._sent[station] = seq
+        if not self._sender.out.waiting(station):
+            self.outbox.acknowledged(station, seq)
 
     def _acknowledged(self, token: int) -> None:
-        sent = self._in_flight.pop(token, None)
+        sent = self._sender.acknowledged(token)
+        if sent is not None and sent.station is not None:
+            waiting = self._sender.out.waiting(sent.station)
+            reached = self._sent[sent.station]  # or less, where one before was refused
+            self.outbox.acknowledged(sent.station, min([reached, *(seq - 1 for seq in waiting)]))
+
+    def _was_refused(self, refused: Refused) -> None:
+        """The broker does not take a message: shorter at once, where it says that it is too large; else later again."""
+        sent = self._sender.refused(refused)
         if sent is None:
             return
-        station = sent[0]
-        waiting = [other[1] for other in self._in_flight.values() if other is not None and other[0] == station]
-        self.outbox.acknowledged(station, min(waiting) - 1 if waiting else self._sent[station])
-
-    def _serve_replays(self) -> None:
-        while self._replays and len(self._in_flight) < RESULTS_IN_FLIGHT:
-            replay = self._replays[0]
-            room = RESULTS_IN_FLIGHT - len(self._in_flight)
-            topic = self.topics.of("replay", replay.station, replay.request.client)
-            for lo, hi in replay.gaps[:room]:
-                gap = Gap(station=replay.station, stream=replay.request.stream, lo=lo, hi=hi)
-                self._sent_aside(topic, messages.encode(gap))
-            if replay.gaps:
-                replay.gaps = replay.gaps[room:]
-                continue
-            rows = self.outbox.results(replay.station, replay.at, replay.hi, room) if not replay.error else []
-            for seq, payload in rows:
-                self._sent_aside(topic, payload)
-                replay.at = seq + 1
-            if len(rows) < room:
-                self._replays.popleft()
-                self._sent_aside(topic, messages.encode(self._replay_end(replay)))
-
-    def _replay_end(self, replay: _Replay) -> ReplayEnd:
-        request = replay.request
-        hi = replay.hi if not replay.error else request.lo - 1
-        return ReplayEnd(
-            request_id=request.request_id, station=replay.station, stream=request.stream, lo=request.lo, hi=hi,
-            error=replay.error,
-        )  # fmt: skip
-
-    def _sent_aside(self, topic: str, payload: bytes) -> None:
-        token = self.connection.publish(topic, payload)
-        if token is not None:
-            self._in_flight[token] = None
+        self._told.pop(sent.topic, None)
+        if sent.station is not None:  # from this one on again, in order
+            self._sent[sent.station] = min(self._sent[sent.station], sent.seq - 1)
 
     # --- messages in
 
@@ -360,8 +382,9 @@ class Broker:
 
     def refuse(self, station: str, error: InspectorError) -> None:
         """Count a message that is not taken, and tell people; of several within a second one."""
-        self.refused += 1
-        untold = self._refusals.told()
+        with self._refusing:  # several threads refuse
+            self.refused += 1
+            untold = self._refusals.told()
         if untold is None:
             return
         log.warning("message refused%s: %s", besides(untold), error)
@@ -395,19 +418,7 @@ class Broker:
     def _take_replay(self, name: str, message: Message) -> None:
         if name not in self.outbox.stations:
             messages.named(self.stations, name)
-        request = messages.decode(ReplayRequest, message.payload, message.topic)
-        if request.client == "request":
-            raise InspectorError(f"{message.topic}: a client cannot be named 'request'")
-        head = self.outbox.head(name)
-        replay = _Replay(request, name, request.lo, min(request.hi, request.lo + REPLAY_RANGE - 1, head.hi))
-        if request.stream != head.stream:
-            replay.error = f"unknown stream {request.stream!r}, this is {head.stream!r}"
-        elif len(self._replays) >= REPLAYS:
-            replay.error = "busy, ask again later"
-        else:
-            replay.gaps = self.outbox.gaps(name, replay.at, replay.hi, REPLAY_RANGE)
-        if len(self._replays) < 2 * REPLAYS:
-            self._replays.append(replay)
+        self._resending.ask(name, messages.decode(ReplayRequest, message.payload, message.topic))
 
     def _take_report(self, levels: tuple[str, ...], message: Message) -> None:
         """What the broker holds of us; what comes as we say it is no news."""
@@ -423,12 +434,10 @@ class Broker:
         except InspectorError as error:
             asked = messages.decode(_Asked, message.payload, message.topic)
             refused = ReplyError(code="refused", message=error.message, hint=error.hint)
-            self._sent_aside(
-                self.topics.of("reply", asked.client),
-                messages.encode(Reply(request_id=asked.request_id, ok=False, error=refused)),
-            )
+            answer = Reply(request_id=asked.request_id, ok=False, error=refused)
+            self._sender.publish(self.topics.of("reply", asked.client), answer)
             raise
-        self._sent_aside(self.topics.of("reply", command.client), messages.encode(reply))
+        self._sender.publish(self.topics.of("reply", command.client), reply)
 
     def _carry_out(self, name: str, command: Command) -> None:
         messages.named(self.stations, command.station).command(name, command.product)

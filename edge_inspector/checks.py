@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,25 +16,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_inspector import confinement, health, outputs
+from edge_inspector import confinement, health, messages, outputs
+from edge_inspector.broker import Broker
 from edge_inspector.bundles import Bundle, in_folder, open_bundle
-from edge_inspector.config import Device, LineConfig, load_device, load_line
+from edge_inspector.config import BrokerConfig, Device, LineConfig, load_device, load_line
 from edge_inspector.door import Listing, Sources, listing
 from edge_inspector.errors import CameraError, InspectorError
 from edge_inspector.frames import Pixels
+from edge_inspector.handshake import Handshake
 from edge_inspector.installation import install
-from edge_inspector.mqtt import probe, read_password, tls_context
+from edge_inspector.messages import Reply
+from edge_inspector.mqtt import Probed, blanks_of, read_password, tls_context, tried
 from edge_inspector.remote.authority import trust_of
 from edge_inspector.replay import setup_in_force
+from edge_inspector.results import MAX_RESULT_BYTES
 from edge_inspector.schema import block
 from edge_inspector.signatures import ORDERS
-from edge_inspector.wiring import door_of
+from edge_inspector.wiring import door_of, topics_of
 
 if TYPE_CHECKING:
     from edge_inspector.cameras import Info, Source
 
 _CV2_HINT = "on a bare server: apt install libgl1 libglib2.0-0, or pip install opencv-python-headless instead"
 _FIRST_FRAME_S = 5.0
+_HEADERS = 256
+"""Of a message, beside its payload, at most."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def check_device(config: Path) -> list[Finding]:
         device = load_device(config)
     except InspectorError as error:
         return [_faulty(str(config), error)]
-    findings = [Finding(str(config), True, "valid"), _broker(device), *_orders(device)]
+    findings = [Finding(str(config), True, "valid"), *_broker(device), *_orders(device)]
     try:
         line = load_line(device.line_file)
     except InspectorError as error:
@@ -74,18 +79,44 @@ def check_device(config: Path) -> list[Finding]:
     return findings
 
 
-def _broker(device: Device) -> Finding:
+def _broker(device: Device) -> Iterator[Finding]:
+    """Connect, subscribe and publish as the daemon will, and say what the broker does not do."""
     broker = device.config.broker
     thing = f"broker {broker.host}:{broker.port}"
+    topics, tls = topics_of(device), broker.tls
+    reply = messages.encode(Reply(request_id="check", ok=True))
     try:
         password = read_password(device.path(broker.password_file))
-        tls = broker.tls
+        if blanks := blanks_of(password):
+            hint = "take the blank away, unless the password has it"
+            yield Finding(f"password {broker.password_file}", True, blanks, hint)
         context = None
         if tls is not None:
             context = tls_context(*(device.path(name) for name in (tls.ca_file, tls.cert_file, tls.key_file)))
-        return Finding(thing, True, f"answers, {probe(broker, password=password, tls=context)}")
+        probed = tried(
+            broker, password=password, tls=context, publication=(topics.of("reply", "check"), reply),
+            subscriptions=(*Handshake.subscriptions(topics), *Broker.subscriptions(topics)),
+        )  # fmt: skip
     except InspectorError as error:
-        return _faulty(thing, error)
+        yield _faulty(thing, error)
+        return
+    yield Finding(thing, True, f"answers, {probed.told}")
+    yield from _lacking(thing, probed)
+
+
+def _lacking(thing: str, probed: Probed) -> Iterator[Finding]:
+    """What the daemon needs of a broker, and does not get."""
+    rights = "may this user do so? The broker's access list says it"
+    refused = "; ".join(f"{topic}: {why}" for topic, why in probed.unheard.items())
+    if refused:
+        yield Finding(thing, False, f"refuses to deliver {refused}", rights)
+    if probed.refused:
+        yield Finding(thing, False, f"does not take what is published: {probed.refused}", rights)
+    for lack in probed.limits.lacks():
+        yield Finding(thing, False, lack, "change the broker's settings: edge-inspector works with it, with this lack")
+    if probed.limits.packet_bytes < MAX_RESULT_BYTES + _HEADERS:
+        text = f"takes packets of at most {probed.limits.packet_bytes} bytes: larger results are shortened, or left out"
+        yield Finding(thing, False, text, "raise its limit (Mosquitto: max_packet_size)")
 
 
 def _orders(device: Device) -> Iterator[Finding]:
@@ -267,8 +298,11 @@ def _package(name: str, module: str, *, needed: bool, hint: str) -> Finding:
         return Finding(name, False, str(error).splitlines()[0][:100], hint, needed)
 
 
-def check_machine() -> list[Finding]:
-    """Python, libraries, clock, disk, GPU, broker: what is here, and what a missing thing is for."""
+def check_machine(config: Path | None = None) -> list[Finding]:
+    """Python, libraries, clock, disk, GPU, broker: what is here, and what a missing thing is for.
+
+    `config`: a device.yaml, whose broker is asked instead of this machine's.
+    """
     known = sys.version_info >= (3, 10)
     here = shutil.disk_usage(Path.cwd())
     clock = health.clock()
@@ -288,7 +322,7 @@ def check_machine() -> list[Finding]:
         _package("harvesters", "harvesters.core", needed=False, hint=f"for GenTL: {install('gentl')}"),
         _gstreamer(),
         _package("gpiod", "gpiod", needed=False, hint=f"for wires to the line: {install('gpiod')}"),
-        _local_broker(),
+        *_any_broker(config),
         _landlock(),
         Finding(
             "clock",
@@ -383,10 +417,18 @@ def _landlock(*, needed: bool = False) -> Finding:
     return Finding("Landlock", bool(version), text, "" if version else hint, needed=needed)
 
 
-def _local_broker() -> Finding:
+def _any_broker(config: Path | None) -> Iterator[Finding]:
+    """The broker of a device, or what answers on this machine, in its own words."""
     try:
-        with socket.create_connection(("127.0.0.1", 1883), 0.5):
-            return Finding("broker on 127.0.0.1:1883", True, "answers", needed=False)
-    except OSError as error:
+        device = load_device(config) if config is not None and config.exists() else None
+    except InspectorError:  # check tells what is wrong with it
+        device = None
+    if device is not None:
+        yield from _broker(device)
+        return
+    try:
+        text = tried(BrokerConfig(host="127.0.0.1"), password=None, tls=None, timeout_s=4.0).told
+        yield Finding("broker on 127.0.0.1:1883", True, f"answers, {text}", needed=False)
+    except InspectorError as error:
         hint = "fine if yours is elsewhere; else: apt install mosquitto"
-        return Finding("broker on 127.0.0.1:1883", False, error.strerror or str(error), hint, needed=False)
+        yield Finding("broker on 127.0.0.1:1883", False, error.message, hint, needed=False)

@@ -24,7 +24,7 @@ from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import utc_now
 from edge_inspector.handshake import Handshake
 from edge_inspector.inspector import Inspectors
-from edge_inspector.messages import Alert, CameraFacts, Cause, HealthMessage, StateMessage
+from edge_inspector.messages import Alert, CameraFacts, Cause, HealthMessage, Ready, StateMessage
 from edge_inspector.metrics import Metrics, Reading
 from edge_inspector.mqtt import Will
 from edge_inspector.outbox import Outbox
@@ -38,7 +38,7 @@ from edge_inspector.setting import Setting
 from edge_inspector.standing import Orders
 from edge_inspector.station import Station
 from edge_inspector.updates import Updates
-from edge_inspector.wiring import Setup, connection_of, door_of, inspectors_of, refusals, topics_of
+from edge_inspector.wiring import Setup, client_id, connection_of, door_of, inspectors_of, refusals, topics_of
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class _Line:
         runtimes = dict.fromkeys(("onnxruntime", device.config.engine.runtime))
         self._state = StateMessage(
             online=True, session=self.session, at=utc_now(), version=version("edge-inspector"),
-            capabilities=tuple(runtimes), configuration_version=line.version,
+            capabilities=tuple(runtimes), configuration_version=line.version, stations=tuple(line.stations),
         )  # fmt: skip
         offline = StateMessage(online=False, session=self.session)
         storage = device.config.storage
@@ -114,17 +114,19 @@ class _Line:
         self.evidence = EvidenceStore(
             device.state / "evidence", device.config.storage.evidence_mb, device.config.storage.evidence_passed
         )
-        client = "-".join(("ei", *topics.root.split("/")[2:]))
+        client = client_id(device)
         will = Will(topics.of("state"), messages.encode(offline))
         self.connection = connection_of(device, client, Broker.subscriptions(topics), will)
-        heard = connection_of(device, f"{client}.handshake", Handshake.subscriptions(topics))
+        gone = self._gone(list(line.stations))
+        heard = connection_of(device, f"{client}.handshake", Handshake.subscriptions(topics), gone)
+        self._heard = heard
         metrics = device.config.metrics
         self.metrics = Metrics(metrics, self._reading) if metrics is not None else None
         self.outputs = {name: Outputs(name, config) for name, config in device.config.outputs.items() if name in line.stations}
         self.stations = {name: Station(name, config, self._setting(name, config)) for name, config in line.stations.items()}
         self.broker = Broker(
             self.connection, topics, self.outbox, self.stations, Commands(authority, self.session),
-            tick=self.watchdog.loop("broker"), hears=heard.connected.is_set,
+            tick=self.watchdog.loop("broker"), hears=lambda: heard.hearing,
         )  # fmt: skip
         self.handshake = Handshake(
             heard, topics, self.outbox, self.stations, self.broker.refuse, tick=self.watchdog.loop("handshake")
@@ -150,6 +152,23 @@ class _Line:
                     "outputs %s: verdicts may take longer than the delay of line %d: their part has passed", name, pulse.line
                 )
 
+    def _gone(self, stations: list[str]) -> Will | None:
+        """What the broker tells of readiness when the device vanishes. A connection has one will: of several stations
+        their users read `state` too.
+        """
+        if len(stations) != 1:
+            return None
+        ready = Ready(
+            station=stations[0], ready=False, state="preoperational", reason="the device is gone", session=self.session
+        )
+        return Will(topics_of(self.device).of("ready", stations[0]), messages.encode(ready))
+
+    def _hindrance(self, config: StationConfig) -> str:
+        """Why parts of a station would not be told of: what it needs of the broker and is refused."""
+        needs_triggers = config.trigger == "software" or (config.trigger == "hardware" and config.hardware.announced)
+        deafness = self._heard.deafness
+        return f"triggers are not heard: {deafness}" if needs_triggers and deafness else ""
+
     def _setting(self, name: str, config: StationConfig) -> Setting:
         return Setting(
             outbox=self.outbox, evidence=self.evidence, configuration=self.setup.line.reference(), session=self.session,
@@ -158,8 +177,8 @@ class _Line:
             ),
             inspectors=partial(inspectors_of, self.device, self.setup, name, self._pools.setdefault(name, Pool())),
             clock_ok=lambda: self._clock.ok,
-            watch=self.watchdog.loop, forget=self.watchdog.forget, orders=self._orders, output=self.outputs.get(name),
-            metrics=self.metrics,
+            watch=self.watchdog.loop, forget=self.watchdog.forget, orders=self._orders,
+            hindrance=partial(self._hindrance, config), output=self.outputs.get(name), metrics=self.metrics,
         )  # fmt: skip
 
     def swap(self, setup: Setup, inspectors: Mapping[str, Inspectors]) -> None:
@@ -203,13 +222,12 @@ class _Line:
             )
             for name in sorted(set(self.device.config.outputs) - set(self.stations))
         ]
-        if not (self.connection.connected.is_set() and self.handshake.connection.refusal):
-            self._together_s = time.monotonic()
-        elif time.monotonic() - self._together_s > _APART_S:
-            text = f"no trigger is heard and no verdict told: {self.handshake.connection.refusal}"
-            causes.append(Cause(code="no_handshake", severity="failure", thing="device", text=text))
+        causes += self._handshake_causes()
         causes += _unconfined(self.setup.line)
         causes += [Cause(code="hanging", severity="failure", thing=name, text="does not answer") for name in hanging]
+        failing = {f"{cause.thing}: {cause.code}" for cause in causes if cause.severity == "failure"}
+        causes += health.broker_causes(self.connection, "device")
+        causes += health.broker_causes(self.handshake.connection, "device/handshake")
         self._clock = health.clock()
         self.alarms.update(causes)
         cameras = {f"{s.name}/{name}": _facts(camera) for s in stations for name, camera in s.cameras.items()}
@@ -225,7 +243,16 @@ class _Line:
             self._state = self._state.model_copy(update=news_of_state)
             self.broker.retain(self._state, "state")
         systemd.notify(f"STATUS={self.summary()}")
-        return {f"{cause.thing}: {cause.code}" for cause in causes if cause.severity == "failure"}
+        return failing
+
+    def _handshake_causes(self) -> list[Cause]:
+        """What is wrong where one connection to the broker stands, and the other does not."""
+        if not (self.connection.connected.is_set() and self._heard.refusal):
+            self._together_s = time.monotonic()
+        elif time.monotonic() - self._together_s > _APART_S:
+            text = f"no trigger is heard and no verdict told: {self._heard.refusal}"
+            return [Cause(code="no_handshake", severity="failure", thing="device", text=text)]
+        return []
 
     def _reading(self) -> Reading | None:
         """For whoever scrapes (its thread)."""

@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -19,11 +20,11 @@ from types import TracebackType
 from typing import Protocol
 
 from edge_inspector import messages
-from edge_inspector.errors import InspectorError, OutboxError, SchemaError
+from edge_inspector.errors import BrokerError, InspectorError, OutboxError, SchemaError
 from edge_inspector.frames import Coming, Trigger, utc_now
 from edge_inspector.journal import Journalled
 from edge_inspector.messages import Topics, TriggerRequest, VerdictMessage
-from edge_inspector.mqtt import Connection, Message
+from edge_inspector.mqtt import Connection, Message, Refused, Trouble
 from edge_inspector.outbox import Outbox
 from edge_inspector.results import Reason, Result, Verdict
 from edge_inspector.schema import TolerantModel, read_json, validate
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _WAIT_S = 0.25
 _REDELIVER_S = 2.0
+_TOLD = 1024
+"""Verdicts of which it is remembered how long they are of use, for when they are asked for again."""
 _REFUSED_S, _DETAIL = 1.0, 300
 
 
@@ -75,6 +78,8 @@ class Handshake:
         self.failure: Exception | None = None
         self._refuse, self._tick = refuse, tick
         self._redeliver_s: float | None = None
+        self._useful_until_s: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._telling = threading.Lock()
         self._closing = threading.Event()
         self._thread = Thread(target=self._run, name="handshake", daemon=True)
 
@@ -96,9 +101,30 @@ class Handshake:
 
     def verdict(self, verdict: VerdictMessage) -> bool:
         """Tell the diverter, at once or never; returns whether there was a connection."""
-        left_s = min((verdict.expires_at - utc_now()).total_seconds(), self.stations[verdict.station].expires_ms / 1000)
+        left_s = self._left_s(verdict)
+        told = verdict.model_copy(update={"expires_in_ms": int(left_s * 1e3)})
         topic = self.topics.of("verdict", verdict.station)
-        return self.connection.publish(topic, messages.encode(verdict), expires_s=left_s) is not None
+        try:
+            return self.connection.publish(topic, messages.encode(told), expires_s=left_s) is not None
+        except BrokerError as error:
+            self.connection.note(Trouble("verdict_too_large", error.message))
+            return False
+
+    def _left_s(self, verdict: VerdictMessage) -> float:
+        """How long a verdict is of use. When it is told again that is what is left of the first time, whatever the clock
+        has done since; of one that is not remembered (from before a start, or long ago) nothing is.
+        """
+        key, now_s = (verdict.station, verdict.trigger_id), time.monotonic()
+        with self._telling:
+            if verdict.repeated:
+                return max(0.0, self._useful_until_s.get(key, 0.0) - now_s)
+            left_s = (verdict.expires_at - utc_now()).total_seconds()
+            left_s = max(0.0, min(left_s, self.stations[verdict.station].expires_ms / 1000))
+            self._useful_until_s[key] = now_s + left_s
+            self._useful_until_s.move_to_end(key)
+            if len(self._useful_until_s) > _TOLD:
+                self._useful_until_s.popitem(last=False)
+        return left_s
 
     # --- the thread
 
@@ -112,6 +138,8 @@ class Handshake:
                     event = None
                 if isinstance(event, Message):
                     self._take(event)
+                elif isinstance(event, Refused):
+                    self.connection.note(Trouble("verdict_refused", f"the broker refuses verdicts: {event.words}"))
                 if self._redeliver_s is not None and time.monotonic() > self._redeliver_s:
                     self._redeliver_s = None
                     self.connection.redeliver()
@@ -134,7 +162,8 @@ class Handshake:
                 raise
             future.add_done_callback(partial(self._journalled, name, trigger, coming, message))
         except OutboxError:  # not acknowledged: it comes again when the disk has caught up
-            self._redeliver_s = time.monotonic() + _REDELIVER_S
+            if message.ack[2]:  # one of QoS 0 cannot come again
+                self._redeliver_s = time.monotonic() + _REDELIVER_S
         except InspectorError as error:
             self._refused(name, error, message)
         except (ArithmeticError, TypeError, ValueError) as error:  # never die of a message: it would come again for ever
@@ -166,6 +195,7 @@ class Handshake:
             refused = VerdictMessage(
                 station=station, trigger_id=asked.trigger_id, verdict=Verdict.UNDECIDED, reason=Reason.REFUSED,
                 detail=str(error)[:_DETAIL], expires_at=utc_now() + timedelta(seconds=_REFUSED_S),
+                expires_in_ms=int(_REFUSED_S * 1e3),
             )  # fmt: skip
             self.connection.publish(self.topics.of("verdict", station), messages.encode(refused), expires_s=_REFUSED_S)
 

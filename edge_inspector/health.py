@@ -6,11 +6,14 @@ import ctypes
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from edge_inspector.frames import utc_now
 from edge_inspector.messages import CameraFacts, Cause, ClockFacts, HealthMessage, OutboxFacts
+from edge_inspector.mqtt import Connection
 from edge_inspector.outbox import Counts
 
+Severity = Literal["failure", "check_function", "off_spec", "maintenance_required"]
 _ORDER = ("failure", "check_function", "off_spec", "maintenance_required")
 _TIME_ERROR = 5
 _TIMEX_BYTES = 256
@@ -38,6 +41,24 @@ def storage_causes(outbox: Counts, state: Path) -> list[Cause]:
         text = f"{usage.used / usage.total:.0%} of the disk used"
         causes.append(Cause(code="disk_high", severity="maintenance_required", thing="disk", text=text))
     return causes
+
+
+_SEVERITIES: dict[str, Severity] = {
+    "session_taken_over": "failure",
+    "subscription_refused": "failure",
+    "publication_refused": "failure",
+    "verdict_refused": "failure",
+    "verdict_too_large": "failure",
+    "connection_ended": "maintenance_required",
+}
+
+
+def broker_causes(connection: Connection, thing: str) -> list[Cause]:
+    """What is, or lately was, wrong between a connection and its broker."""
+    return [
+        Cause(code=trouble.code, severity=_SEVERITIES.get(trouble.code, "off_spec"), thing=thing, text=trouble.text)
+        for trouble in connection.troubles()
+    ]
 
 
 def assess(

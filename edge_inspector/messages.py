@@ -88,17 +88,25 @@ class VerdictMessage(TolerantModel):
     repeated: bool = Field(False, description="the answer to a trigger id that was judged before")
     detail: str | None = Field(None, description="what is wrong with a trigger that was refused")
     expires_at: Moment
+    expires_in_ms: int = Field(
+        0, ge=0, description="what was left until `expires_at` when this was sent, for clocks that do not agree; 0: too late"
+    )
+
+
+Shortened = Annotated[
+    Literal[True] | None, Field(description="the broker takes no larger message: what matters least was left out")
+]
 
 
 class Gap(TolerantModel):
-    """Results that a quota dropped: they will never come."""
+    """Results that will never come: a quota dropped them, or the broker takes no message so large."""
 
     schema_: Literal["ei.gap.v1"] = Field("ei.gap.v1", alias="schema")
     station: str
     stream: str
     lo: int
     hi: int
-    reason: Literal["quota"] = "quota"
+    reason: Literal["quota", "too_large"] = "quota"
 
 
 class Head(TolerantModel):
@@ -156,6 +164,8 @@ class StateMessage(TolerantModel):
     capabilities: tuple[str, ...] = ()
     engines: dict[str, EngineState] = Field(default_factory=dict, description="by bundle, once its station is ready")
     configuration_version: int | None = None
+    stations: tuple[str, ...] = Field((), description="there are: some brokers find nothing retained by a wildcard")
+    shortened: Shortened = None
 
 
 class Ready(TolerantModel):
@@ -224,6 +234,7 @@ class HealthMessage(TolerantModel):
     clock: ClockFacts
     dropped_messages: int = 0
     cameras: dict[str, CameraFacts] = Field(default_factory=dict, description="by station/camera")
+    shortened: Shortened = None
 
 
 class Alert(TolerantModel):
@@ -238,6 +249,7 @@ class Alert(TolerantModel):
     result_id: str | None = None
     at: Moment
     expires_at: Moment
+    shortened: Shortened = None
 
 
 class Command(TolerantModel):
@@ -353,6 +365,7 @@ class ConfigReported(TolerantModel):
     last: AuditEntry | None = Field(None, description="the latest order and what became of it")
     history: tuple[AuditEntry, ...] = Field((), description="the audit trail, newest last")
     line: dict[str, Any] = Field(description="the document in force; *** stands in addresses of cameras for what is not told")
+    shortened: Shortened = None
 
 
 class BundleDesired(Order):
@@ -417,6 +430,7 @@ class BundleReported(TolerantModel):
     trial: TrialFacts | None = None
     last: AuditEntry | None = None
     history: tuple[AuditEntry, ...] = ()
+    shortened: Shortened = None
 
 
 def signed_bytes(values: dict[str, Any]) -> bytes:

@@ -185,17 +185,35 @@ class Result(TolerantModel):
     findings_omitted: int = 0
     times_ms: Times = Times()
     evidence: Evidence | None = None
+    shortened: Literal[True] | None = Field(
+        None, description="the broker takes no more: regions, findings or texts were left out; a replay gives no more"
+    )
 
     def payload(self) -> bytes:
         """JSON of at most 4 KB: regions, then findings, are left out (and counted) until it fits."""
-        data = self.model_dump_json(by_alias=True, exclude_none=True).encode()
-        if len(data) <= MAX_RESULT_BYTES:
-            return data
-        return _smaller(self).payload()
+        result = self
+        while len(data := result.model_dump_json(by_alias=True, exclude_none=True).encode()) > MAX_RESULT_BYTES:
+            result = _smaller(result)
+        return data
+
+
+def fitted(result: Result, most_bytes: int) -> bytes | None:
+    """The JSON of a result within so many bytes, shortened where it must be; None where even the shortest does not fit."""
+    data = result.payload()
+    shortened = result.model_copy(update={"shortened": True})
+    while len(data) > most_bytes:
+        smaller = _smaller(shortened)
+        if smaller == shortened:
+            return None
+        shortened = smaller
+        data = shortened.payload()
+    return data
 
 
 def _smaller(result: Result) -> Result:
-    """The same result with the list that is longest halved: regions of one finding, else the passing findings."""
+    """The same result with the list that is longest halved: regions of one finding, else the passing findings; then without
+    what is not needed to act on it.
+    """
     findings = list(result.findings)
     longest = max(range(len(findings)), key=lambda i: len(findings[i].regions), default=None)
     if longest is not None and findings[longest].regions:
@@ -213,4 +231,9 @@ def _smaller(result: Result) -> Result:
         keep = len(findings) // 2
         omitted = result.findings_omitted + len(findings) - keep
         return result.model_copy(update={"findings": tuple(findings[:keep]), "findings_omitted": omitted})
-    return result.model_copy(update={"detail": result.detail[:64], "findings": ()})
+    if findings or len(result.detail) > 64:
+        omitted = result.findings_omitted + len(findings)
+        return result.model_copy(update={"detail": result.detail[:64], "findings": (), "findings_omitted": omitted})
+    return result.model_copy(
+        update={"detail": "", "evidence": None, "recipe": None, "configuration": None, "captured_at": None, "times_ms": Times()}
+    )

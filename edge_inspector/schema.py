@@ -81,9 +81,10 @@ def _bounded(data: bytes, source: str, limit: int = MAX_BYTES) -> str:
     if len(data) > limit:
         raise SchemaError(source, [Fault("", f"at most {limit} bytes are allowed", f"{len(data)} bytes")])
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # some editors and controllers put a byte order mark before it
     except UnicodeDecodeError as error:
-        raise SchemaError(source, [Fault("", f"not UTF-8 text: {error.reason} at byte {error.start}")]) from error
+        kind = "UTF-16, save it as UTF-8" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else error.reason
+        raise SchemaError(source, [Fault("", f"not UTF-8 text: {kind} at byte {error.start}")]) from error
 
 
 def _sound(values: object, source: str) -> object:

@@ -1,8 +1,8 @@
 """For users of results: every result once, in order, across broker restarts and outages.
 
 PUBACK is not delivery: a broker may lose what it acknowledged. The subscriber therefore compares what arrives with
-each station's retained head, asks the device to send again what is missing, and skips only what the device says was
-dropped.
+each station's retained head, asks the device to send again what is missing, and skips only what the device says will
+never come.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import queue
 import secrets
 import time
@@ -19,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from edge_inspector import messages
+from edge_inspector import durable, messages
 from edge_inspector.errors import InspectorError, SchemaError
-from edge_inspector.messages import Gap, Head, ReplayEnd, ReplayRequest, Tagged, Topics
+from edge_inspector.messages import Gap, Head, Ready, ReplayEnd, ReplayRequest, StateMessage, Tagged, Topics
 from edge_inspector.mqtt import Connection, Message
 from edge_inspector.results import Result
 
@@ -32,6 +31,10 @@ HELD_BACK = 5000
 _GRACE_S = 0.5
 _ASK_AGAIN_S = 3.0
 _SAVE_EVERY_S = 1.0
+_WAIT_S = 0.2
+_BY_NAME_S = 1.0
+"""A station whose head was not heard is asked for by name after so long: RabbitMQ finds nothing retained by a wildcard."""
+_WHY_DROPPED = {"quota": "were dropped by the device's quota", "too_large": "are too large for the broker"}
 
 
 @dataclass
@@ -48,7 +51,10 @@ class _Stream:
 
 
 class Subscriber:
-    """Results of one device. Iterate `results`; with a state file it goes on where it stopped."""
+    """Results of one device. Iterate `results`; with a state file it goes on where it stopped.
+
+    While it is iterated it also knows whether the device is there (`online`) and which stations are ready (`is_ready`).
+    """
 
     def __init__(
         self,
@@ -65,12 +71,20 @@ class Subscriber:
         `on_other` gets the levels and payload of everything else that is subscribed. Raises InspectorError for a
         state file that cannot be read.
         """
+        self.online: bool | None = None
+        """Whether the device is there; None: nobody has said so yet."""
         self.connection, self.topics = connection, topics
         self.client = client or f"sub-{secrets.token_hex(4)}"
         self.duplicates = self.replayed = self.skipped = 0
         self._start, self._on_other, self._state = start, on_other, state
         self._streams: dict[str, _Stream] = {}
+        self._saved: dict[str, tuple[str, int]] = {}
         self._saved_s = 0.0
+        self._device: StateMessage | None = None
+        self._ready: dict[str, Ready] = {}
+        self._standing: int | None = None
+        self._nameless: dict[str, float] = {}
+        """Stations of which no head was heard yet, and when they are asked for by name."""
         if state is not None and state.exists():
             try:
                 known = json.loads(state.read_text())
@@ -81,26 +95,45 @@ class Subscriber:
     @staticmethod
     def subscriptions(topics: Topics, client: str) -> tuple[str, ...]:
         """What the connection must subscribe to."""
-        return topics.of("result", "+"), topics.of("head", "+"), topics.of("replay", "+", client)
+        told = (topics.of(name, "+") for name in ("result", "head", "ready"))
+        return *told, topics.of("state"), topics.of("replay", "+", client)
 
-    def results(self, timeout_s: float) -> Iterator[Result]:
-        """Yield results, in order per station, until none came for `timeout_s`. A result counts as taken when the
-        next one is asked for.
+    def results(self, timeout_s: float | None = None) -> Iterator[Result]:
+        """Yield results, in order per station, until none came for `timeout_s`; None: for ever.
+
+        A result counts as taken when the next one is asked for. Whoever leaves the loop gets the one in hand again next
+        time, and after a power cut or kill what was taken in the last second.
         """
-        quiet_until = time.monotonic() + timeout_s
-        while time.monotonic() < quiet_until:
-            self._receive(min(0.2, timeout_s))
-            for name, stream in self._streams.items():
-                while stream.next in stream.waiting:
-                    yield stream.waiting[stream.next]
-                    del stream.waiting[stream.next]
-                    stream.next += 1
-                    quiet_until = time.monotonic() + timeout_s
-                self._notice_gap(name, stream)
-            self._save()
+        patience_s = float("inf") if timeout_s is None else timeout_s
+        quiet_until = time.monotonic() + patience_s
+        try:
+            while time.monotonic() < quiet_until:
+                self._receive(min(_WAIT_S, patience_s))
+                for name, stream in list(self._streams.items()):
+                    while stream.next in stream.waiting:
+                        yield stream.waiting[stream.next]
+                        del stream.waiting[stream.next]
+                        stream.next += 1
+                        quiet_until = time.monotonic() + patience_s
+                    self._notice_gap(name, stream)
+                self._ask_by_name()
+                self._save()
+        finally:  # also where its user leaves the loop
+            self.save()
+
+    def is_ready(self, station: str) -> bool:
+        """Whether a station would judge a part now, as of the last messages that `results` has read.
+
+        What is retained outlives a device that dies: it counts only while the device is online, in the session that
+        said so, and while this subscriber is connected itself.
+        """
+        ready, device = self._ready.get(station), self._device
+        if ready is None or device is None or self._standing is None or self._standing != self.connection.standing:
+            return False
+        return device.online and ready.ready and ready.session == device.session
 
     def save(self) -> None:
-        """Write the state file now."""
+        """Write the state file now; when this returns it survives a power cut."""
         self._saved_s = 0.0
         self._save()
 
@@ -108,9 +141,10 @@ class Subscriber:
         if self._state is None or time.monotonic() - self._saved_s < _SAVE_EVERY_S:
             return
         self._saved_s = time.monotonic()
-        part = self._state.with_name(self._state.name + ".part")
-        part.write_text(json.dumps({name: [s.stream, s.next] for name, s in self._streams.items() if s.stream}))
-        os.replace(part, self._state)
+        known = {name: (s.stream, s.next) for name, s in self._streams.items() if s.stream}
+        if known != self._saved:
+            durable.write(self._state, json.dumps(known).encode())
+            self._saved = known
 
     # --- messages in
 
@@ -132,10 +166,31 @@ class Subscriber:
                 self._take_head(levels[1], messages.decode(Head, message.payload, message.topic))
             elif levels[0] == "replay":
                 self._take_replay(levels[1], message)
-            elif self._on_other is not None:
-                self._on_other(levels, message.payload)
+            else:
+                self._take_presence(levels, message)
+                if self._on_other is not None:
+                    self._on_other(levels, message.payload)
         except SchemaError as error:
             log.warning("ignored: %s", error)
+
+    def _take_presence(self, levels: tuple[str, ...], message: Message) -> None:
+        if self._standing != message.ack[0]:  # another connection: what is retained comes again
+            self._standing = message.ack[0]
+            self._device, self._ready, self.online = None, {}, None
+        if levels[0] == "ready":
+            self._ready[levels[1]] = messages.decode(Ready, message.payload, message.topic)
+        elif levels == ("state",):
+            self._device = messages.decode(StateMessage, message.payload, message.topic)
+            self.online = self._device.online
+            for name in self._device.stations:
+                self._nameless.setdefault(name, time.monotonic() + _BY_NAME_S)
+
+    def _ask_by_name(self) -> None:
+        """Subscribe to what a station retains, where its head has not come by wildcard."""
+        for name, at_s in self._nameless.items():
+            if at_s < time.monotonic() and not (name in self._streams and self._streams[name].stream):
+                self._nameless[name] = float("inf")
+                self.connection.subscribe(self.topics.of("head", name), self.topics.of("ready", name))
 
     def _take_replay(self, name: str, message: Message) -> None:
         kind = messages.decode(Tagged, message.payload, message.topic).schema_
@@ -179,7 +234,7 @@ class Subscriber:
     def _skip(self, name: str, gap: Gap) -> None:
         stream = self._streams.setdefault(name, _Stream())
         if stream.stream == gap.stream and gap.lo <= stream.next <= gap.hi:
-            log.warning("station %s: results %d to %d were dropped by the device's quota", name, stream.next, gap.hi)
+            log.warning("station %s: results %d to %d %s", name, stream.next, gap.hi, _WHY_DROPPED[gap.reason])
             self.skipped += gap.hi + 1 - stream.next
             stream.next = gap.hi + 1
             for seq in [seq for seq in stream.waiting if seq < stream.next]:

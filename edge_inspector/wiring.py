@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from edge_inspector import health, preprocess
+from edge_inspector import durable, health, preprocess
 from edge_inspector.bundles import Bundle, open_bundle
 from edge_inspector.config import Device, LineConfig
 from edge_inspector.door import Door
@@ -49,6 +49,26 @@ def topics_of(device: Device) -> Topics:
     """The topics of a device."""
     identity = device.config.identity
     return Topics(identity.site, identity.line, identity.device)
+
+
+def client_id(device: Device) -> str:
+    """How the device's main connection is called at the broker; the other one has `.handshake` behind it.
+
+    Dots stand between the names where hyphens could be read in two ways (plant-1 and a, plant and 1-a). An installation
+    that is called otherwise keeps its name: the broker holds its session, with what was sent to it meanwhile.
+    """
+    names = topics_of(device).device_path.split("/")
+    plain = f"ei-{'-'.join(names)}"
+    if "-" not in names[0] + names[1]:
+        return plain
+    clear = f"ei-{'.'.join(names)}"
+    record = device.state / "client-id"
+    known = record.read_text() if record.exists() else ""
+    if known not in (plain, clear):
+        known = plain if (device.state / "outbox.db").exists() and not known else clear
+        device.state.mkdir(parents=True, exist_ok=True)
+        durable.write(record, known.encode())
+    return known
 
 
 def connection_of(

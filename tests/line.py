@@ -75,7 +75,7 @@ class Mosquitto:
         folder.chmod(0o777)
         (folder / "mosquitto.conf").write_text(
             f"user root\nlistener {self.port} 127.0.0.1\nallow_anonymous true\npersistence true\npersistence_location {folder}/\n"
-            f"max_queued_messages 100000\n{extra}"
+            f"max_queued_messages 100000\nset_tcp_nodelay true\n{extra}"
         )
         self.process: subprocess.Popen[bytes] | None = None
 

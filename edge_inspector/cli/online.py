@@ -273,11 +273,11 @@ def demo(
     out.print("  as a service: see systemd/README.md")
 
 
-def doctor(as_json: JsonOption = False) -> None:
-    """Look at this machine: what works, what is missing, what to install."""
+def doctor(config: ConfigOption = Path("device.yaml"), as_json: JsonOption = False) -> None:
+    """Look at this machine, and at the broker of device.yaml: what works, what is missing, what to install."""
     from edge_inspector.checks import check_machine  # noqa: PLC0415
 
-    findings = check_machine()
+    findings = check_machine(config)
     if as_json:
         print_json([{"thing": f.thing, "ok": f.ok, "needed": f.needed, "text": f.text, "hint": f.hint} for f in findings])
     else:
@@ -345,8 +345,8 @@ def watch(
     begin: Literal["all", "new"] = "all" if start == "all" else "new"
     device = load_device(config)
     topics = topics_of(device)
-    client = f"watch-{threading.get_native_id()}"
-    others = (topics.of("alert", "+"), topics.of("ready", "+"), topics.of("state"), topics.of("health"))
+    client = f"watch-{secrets.token_hex(4)}"  # processes in containers share their numbers
+    others = (topics.of("alert", "+"), topics.of("health"))
 
     told: dict[tuple[str, ...], str] = {}
 
