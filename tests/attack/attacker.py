@@ -99,13 +99,13 @@ class Traps:
 def make_world(world: Path, port: int) -> Path:
     """A device, what it lists, and canaries beside both; returns device.yaml."""
     device, listed, canary = (world / name for name in ("device", "listed", "canary"))
-    for folder in (device / "credentials", listed / "links", canary):
+    for folder in (device / "credentials", listed / "links", listed / "own", canary):
         folder.mkdir(parents=True)
     bundle = tiny_bundle(world / "made")
     shutil.copytree(bundle.folder, device / "bundles" / "tiny")
     shutil.copytree(bundle.folder.parent / "trust", device / "trust")
     rng = np.random.default_rng(0)
-    for place in (listed / "1.png", listed / "2.png", canary / "secret.png"):
+    for place in (listed / "own" / "1.png", listed / "own" / "2.png", canary / "secret.png"):
         pictures.write(place, draw_part(rng, 64, 64, False))
     writer = cv2.VideoWriter(str(canary / "secret.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 64))
     for _ in range(5):
@@ -130,7 +130,7 @@ def make_world(world: Path, port: int) -> Path:
         f"sources: {{folders: [../listed], hosts: [{LISTED_HOST}], gentl: {{vendor: none.cti}}, "
         'gst: {belt: "videotestsrc is-live=true ! video/x-raw,width=32,height=32,framerate=5/1"}}\n'
     )
-    own = line(1, {"press": {"top": {"uri": "dir://../listed?loop=1&fps=2"}}, "belt": {"top": {"uri": "gst:belt"}}})
+    own = line(1, {"press": {"top": {"uri": "dir://../listed/own?loop=1&fps=2"}}, "belt": {"top": {"uri": "gst:belt"}}})
     (device / "line.yaml").write_text(json.dumps(own))
     return device / "device.yaml"
 
@@ -212,7 +212,8 @@ def main() -> None:
     device = make_world(world, broker.port)
     names = folder / "resolv.conf"
     names.write_text("nameserver 127.0.0.53\n")
-    before, events = fingerprint(world / "canary"), []
+    before = fingerprint(world / "canary")
+    events: list[list[Any]] = []
     watched = subprocess.Popen(
         ["unshare", "--mount", "--propagation", "private", sys.executable, "-m", "tests.attack.watched", str(device), str(names)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,

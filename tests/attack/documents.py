@@ -84,7 +84,7 @@ def generated(world: Path, count: int, number: int) -> list[dict[str, dict[str, 
         "password_file": st.sampled_from(["credentials/camera", f"{canary}/secret.png", "credentials/../../canary/secret.png"]),
         "features": st.just({"GevSCDA": 1}),
     })  # fmt: skip
-    plain = st.fixed_dictionaries({})
+    plain: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries({})
     cameras = st.dictionaries(
         st.sampled_from(["a", "b", "c"]), st.tuples(uris, st.one_of(plain, plain, more)), min_size=1, max_size=3
     )
