@@ -5,6 +5,7 @@ Importing the package loads nothing heavy; each name below is loaded when it is 
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from edge_inspector.results import Result, Verdict
     from edge_inspector.subscriber import Subscriber
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+"""ONNX Runtime 1.32 for Linux reports its use to its maker unless it is told not to before it is loaded."""
 _HOMES = {
     "Camera": "cameras",
     "Frame": "frames",

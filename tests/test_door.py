@@ -325,7 +325,7 @@ def test_a_recording_that_names_another_file_or_address_is_no_video(tmp_path: Pa
     with Trap() as trap:
         text = {
             "m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{video}\n#EXTINF:10,\nhttp://127.0.0.2:{trap.port}/x.ts\n",
-            "ffconcat": f"ffconcat version 1.0\nfile '{video}'\n",
+            "ffconcat": "ffconcat version 1.0\nfile link.avi\n",
             "sdp": f"v=0\no=- 0 0 IN IP4 127.0.0.2\ns=x\nc=IN IP4 127.0.0.2\nt=0 0\nm=video {free_port()} RTP/AVP 26\n",
             "mpd": f"<MPD xmlns='urn:mpeg:dash:schema:mpd:2011'><BaseURL>http://127.0.0.2:{trap.port}/</BaseURL></MPD>",
         }[kind]

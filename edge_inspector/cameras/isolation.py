@@ -107,7 +107,7 @@ class IsolatedSource:
             self._child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [sys.executable, "-c", _ENTRY, str(theirs.fileno()), confinement.written(walls_of(admitted, own, cache))],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                env={**os.environ, **ENVIRONMENT, "TMPDIR": str(own), "XDG_CACHE_HOME": str(cache)},
+                env={**os.environ, **ENVIRONMENT, "TMPDIR": str(own), "XDG_CACHE_HOME": str(cache), "HOME": str(cache)},
             )  # fmt: skip
         self._socket = ours
         wait_s = _OPEN_MARGIN_S + self.config.timeout_ms / 1000
