@@ -38,9 +38,7 @@ app = typer.Typer(
 )
 DeviceOption = Annotated[str | None, typer.Option("--device", help="SITE/LINE/DEVICE (else that of device.yaml)")]
 BrokerOption = Annotated[str | None, typer.Option("--broker", help="HOST or HOST:PORT (else that of device.yaml)")]
-KeyOption = Annotated[
-    Path | None, typer.Option("--key", help="signs it [keys/orders.key beside device.yaml, where there is one]")
-]
+KeyOption = Annotated[Path | None, typer.Option("--key", help="signs it (else keys/orders.key beside device.yaml)")]
 ByOption = Annotated[str | None, typer.Option("--by", help="for the audit trail (else user@machine)")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="do not ask")]
 BundleOption = Annotated[str | None, typer.Option("--bundle", help="of this bundle, not of the line configuration")]
