@@ -53,7 +53,7 @@ def init(
             (folder / part).mkdir(parents=True, exist_ok=True)
         for name in ("device.yaml", "line.yaml"):
             text = resources.files("edge_inspector.cli").joinpath(f"templates/{name}").read_text()
-            (folder / name).write_text(text.replace("device: edge-1\n", f"device: {device}\n"))
+            (folder / name).write_text(text.replace("edge-1", device))
     except OSError as error:
         raise InspectorError(f"{folder}: {error.strerror}", hint="choose a folder that can be written") from error
     for name, purposes in (("signing", BUNDLES), ("orders", ORDERS)):

@@ -35,12 +35,10 @@ app = typer.Typer(
     help="See and change a device's line configuration over MQTT; it cannot be stranded by it.",
     no_args_is_help=True,
 )
-DeviceOption = Annotated[str | None, typer.Option("--device", help="SITE/LINE/DEVICE [the one of device.yaml]")]
-BrokerOption = Annotated[str | None, typer.Option("--broker", help="HOST or HOST:PORT [the one of device.yaml]")]
-KeyOption = Annotated[
-    Path | None, typer.Option("--key", help="signs it [keys/orders.key beside device.yaml, where there is one]")
-]
-ByOption = Annotated[str | None, typer.Option("--by", help="for the audit trail [user@machine]")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="SITE/LINE/DEVICE (else that of device.yaml)")]
+BrokerOption = Annotated[str | None, typer.Option("--broker", help="HOST or HOST:PORT (else that of device.yaml)")]
+KeyOption = Annotated[Path | None, typer.Option("--key", help="signs it (else keys/orders.key beside device.yaml)")]
+ByOption = Annotated[str | None, typer.Option("--by", help="for the audit trail (else user@machine)")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="do not ask")]
 BundleOption = Annotated[str | None, typer.Option("--bundle", help="of this bundle, not of the line configuration")]
 Reported = ConfigReported | BundleReported
