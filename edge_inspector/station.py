@@ -340,7 +340,11 @@ class Station:
         for _ in range(min(frame.lost, LOST_TOLD)):
             detail = f"{frame.lost} frame(s) lost before {frame.source_id or frame.seq}"
             self._undecided(self._free_trigger(None), Reason.OVERLOAD, detail)
-        self._inspect(self._free_trigger(frame), {name: [frame]})
+        trigger = self._free_trigger(frame)
+        if why := self._readiness.standstill:  # ordered while the frame was awaited
+            self._undecided(trigger, Reason.NOT_READY, why)
+        else:
+            self._inspect(trigger, {name: [frame]})
 
     def _matched_parts(self, matcher: Matcher) -> None:
         """Give images that a sensor fired, and announcements, to the matcher; judge what it has put together."""

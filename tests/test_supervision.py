@@ -16,6 +16,7 @@ import pytest
 
 from edge_inspector.cameras import Camera, CameraState
 from edge_inspector.cameras.camera import _Guard
+from edge_inspector.cameras.gst import _STREAM_CODED
 from edge_inspector.cameras.source import Info
 from edge_inspector.cameras.synthetic import SyntheticSource
 from edge_inspector.config import CameraConfig, Guards
@@ -175,6 +176,23 @@ def test_a_stream_is_frozen_after_ten_seconds_and_two_key_frames() -> None:
     every_8_s = found(pictures(500), info, key=lambda number: number % 200 == 0)
     assert every_8_s.index(True) == 400, "the second key frame since it stands still"
     assert found(pictures(2000), info).index(True) == 1500, "60 s where nobody knows the key frames"
+
+
+def test_pipelines_that_decode_streams_are_known_by_their_elements() -> None:
+    streams = (
+        "rtspsrc location=x ! rtph264depay ! avdec_h264",
+        "filesrc ! decodebin",
+        "udpsrc ! h265parse ! nvv4l2decoder",
+        "x ! vp9dec",
+    )
+    singles = (
+        "v4l2src ! image/jpeg ! jpegdec",
+        "nvarguscamerasrc ! nvvidconv",
+        "aravissrc ! bayer2rgb",
+        "videotestsrc is-live=true",
+    )
+    assert all(_STREAM_CODED.search(pipeline) for pipeline in streams)
+    assert not any(_STREAM_CODED.search(pipeline) for pipeline in singles)
 
 
 @pytest.mark.parametrize(
