@@ -66,12 +66,13 @@ class Recorder:
         self.configuration = setting.configuration
         self.trends = Trends(station, config.limits)
         self._unjudged, self._unjudged_why = 0, ""
+        self._inspectors: Inspectors | None = None
         self._station, self._setting, self._output = station, setting, setting.output
         self._simulated, self._held_up = simulated, held_up
 
     def begin(self, inspectors: Inspectors) -> None:
         """From now on parts are judged by these."""
-        self.configuration = inspectors.configuration
+        self.configuration, self._inspectors = inspectors.configuration, inspectors
         manifests = {name: engine.bundle.manifest for name, engine in inspectors.engines.items()}
         self.trends.begin({name: manifest.calibration.scores for name, manifest in manifests.items()})
 
@@ -111,12 +112,20 @@ class Recorder:
         evidence = self._setting.evidence.offer(result, frames or {}, inspection.views)
         self._store(result if evidence is None else result.model_copy(update={"evidence": evidence}), trigger)
 
+    @property
+    def promise(self) -> str:
+        """Why the promised rates do not hold; the size of a whole frame is known from the first part on."""
+        return self._inspectors.promise if self._inspectors is not None else ""
+
     def causes(self) -> list[Cause]:
         """What is wrong with what was found lately."""
         causes = self.trends.causes()
         if self._unjudged >= UNJUDGED_TOLD:
             text = f"the last {self._unjudged} parts could not be judged: {self._unjudged_why}"
             causes.append(Cause(code="nothing_judged", severity="failure", thing=self._station, text=text))
+        if self.promise:
+            text = f"promise: {self.promise}"
+            causes.append(Cause(code="promise_not_valid", severity="off_spec", thing=self._station, text=text))
         return causes
 
     def _store(self, result: Result, trigger: Trigger) -> None:

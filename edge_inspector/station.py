@@ -75,7 +75,7 @@ class Station:
         self._state, self._why = "preoperational", "starting"
         self._halted = False
         self._building_told_s, self._is_building = 0.0, False
-        self._told_fault = ""
+        self._told_fault = self._told_promise = ""
         self._carried: Frame | None = None
         self._tick: Callable[[], None] = lambda: None
         self._free_ids = count(1)
@@ -252,7 +252,7 @@ class Station:
             self._swapped(self._wanted)
         if self.inspectors is not None and self._self_test.step(self.inspectors.engines):
             self._tested()
-        if self._camera_fault() != self._told_fault:
+        if self._camera_fault() != self._told_fault or self._recorder.promise != self._told_promise:
             self._tell_ready()
 
     def _prepare(self) -> None:
@@ -302,11 +302,11 @@ class Station:
         recipe = self.config.products.get(self._product) if self._product else None
         state = "halted" if self._halted else "single_execution" if busy else self._state
         why = "halted by command" if self._halted else self._why or self._camera_fault()
-        self._told_fault = self._camera_fault()
+        self._told_fault, self._told_promise = self._camera_fault(), self._recorder.promise
         ready = Ready.model_validate({
             "schema": "ei.ready.v1", "station": self.name, "state": state, "busy": busy,
             "ready": state in ("ready", "continuous_execution") and not why, "product": self._product, "recipe": recipe,
-            "reason": why, "session": self.setting.session, "tested_at": self._self_test.at,
+            "reason": why, "session": self.setting.session, "tested_at": self._self_test.at, "promise": self._recorder.promise,
         })  # fmt: skip
         self.voice.retain(ready, "ready", self.name)
 

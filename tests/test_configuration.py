@@ -178,3 +178,13 @@ def test_the_time_of_a_trial_goes_on_over_a_restart(machine: Machine) -> None:
     machine.now_s += 2
     machine.start()
     assert machine.outcome == "rolled_back"
+
+
+def test_a_promise_that_does_not_hold_is_reported_with_its_configuration(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.it.take("desired", json.dumps({"by": "anna", "line": document(4, 99.0), "confirm_s": 600}).encode())
+    assert machine.it.candidate is not None
+    machine.it.prepared(machine.it.candidate, None, "station s: threshold set by the recipe")
+    assert machine.it.report().promise == "station s: threshold set by the recipe"
+    machine.confirm(4, "cancel")
+    assert machine.it.report().promise == ""

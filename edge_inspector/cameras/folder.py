@@ -73,8 +73,8 @@ class FolderSource:
             found = pictures.listed(address.path(self.base))
         except PictureError as error:
             raise CameraError(f"{self.config.name}: {error.message}", hint=error.hint) from error
-        for line in found.told:
-            log.warning("%s: %s", self.config.name, line)
+        if found.told:
+            log.log(logging.WARNING if found.doubtful else logging.INFO, "%s: %s", self.config.name, "; ".join(found.told))
         self._paths, self._names = found.taken, pictures.part_names(found.taken, found.folder)
         first = next((image for image in map(_readable, self._paths) if image is not None), None)
         if first is None:
