@@ -26,7 +26,12 @@ from edge_inspector.results import (
     Times,
     Verdict,
 )  # fmt: skip
+from edge_inspector.roi import Roi
 from edge_inspector.runtime import Engine, Outputs
+
+_LARGEST_PX = 1 << 17
+"""Beyond every corner that a region may have."""
+_PROMISE_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,19 @@ class Inspector:
     def _broken(self, camera: str, roi_name: str, plan: preprocess.Plan | None) -> str:
         of_camera = self.recipe.cameras[camera]
         roi = of_camera.rois[roi_name]
-        manifest, box = self.engines[roi.bundle].bundle.manifest, plan.box if plan else None
+        manifest, box = self.engines[roi.bundle].bundle.manifest, plan.box if plan else _known_box(roi)
         return preprocess.broken_promise(manifest, roi.shape, roi.threshold, of_camera.intensity_window, box)
+
+    def refuse_shapes(self) -> None:
+        """Raise FormatError for a rectangle or polygon of another size than its bundle was trained on."""
+        for camera, of_camera in self.recipe.cameras.items():
+            for name, roi in of_camera.rois.items():
+                manifest, box = self.engines[roi.bundle].bundle.manifest, _known_box(roi)
+                try:
+                    if box is not None:
+                        preprocess.refuse_unlike(manifest.training, manifest.input, box)
+                except preprocess.FormatError as error:
+                    raise preprocess.FormatError(f"{camera}/{name}: {error.message}", hint=error.hint) from error
 
     @property
     def promise(self) -> str:
@@ -152,6 +168,11 @@ class Inspector:
             job.plan, job.broken_promise = plan, self.broken_promises[job.camera, job.roi_name]
         except preprocess.FormatError as error:
             job.refused = Reason.WRONG_FORMAT, error.message
+
+
+def _known_box(roi: RoiRecipe) -> preprocess.Box | None:
+    """The box of a shape, whatever the frame; None for all of a frame that has not come."""
+    return None if roi.shape == Roi() else roi.shape.box(_LARGEST_PX, _LARGEST_PX)
 
 
 def _judge(jobs: list[_Job], engine: Engine, clock: _Clock) -> None:
@@ -274,6 +295,12 @@ class Inspectors:
             for name, engine in self.engines.items()
         }
 
+    @property
+    def promise(self) -> str:
+        """Why what the bundles promise does not hold in these recipes, and where; empty where it does."""
+        told = {recipe_id: inspector.promise for recipe_id, (inspector, _) in self.by_recipe.items()}
+        return "; ".join(f"recipe {recipe_id}, {why}" for recipe_id, why in told.items() if why)[:_PROMISE_CHARACTERS]
+
     @classmethod
     def of(cls, station: StationConfig, line: LineConfig, open_engine: Callable[[str], Engine]) -> Inspectors:
         """An inspector for each recipe of the station. `open_engine`: bundle name -> open engine. Raises InspectorError."""
@@ -283,7 +310,9 @@ class Inspectors:
             recipe = line.recipes[recipe_id]
             for bundle in sorted(recipe.bundles - set(engines)):
                 engines[bundle] = open_engine(bundle)
-            by_recipe[recipe_id] = (Inspector(recipe, engines), recipe.reference(recipe_id))
+            inspector = Inspector(recipe, engines)
+            inspector.refuse_shapes()
+            by_recipe[recipe_id] = (inspector, recipe.reference(recipe_id))
         return cls(by_recipe, engines, line.reference())
 
 

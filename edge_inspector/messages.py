@@ -182,6 +182,7 @@ class Ready(TolerantModel):
     recipe: str | None = None
     session: str
     tested_at: Moment | None = Field(None, description="when the samples of its bundles were judged last")
+    promise: str = Field("", description="why the promised rates do not hold for its recipes, and where; empty: they do")
 
 
 class Cause(TolerantModel):
@@ -366,6 +367,7 @@ class ConfigReported(TolerantModel):
     history: tuple[AuditEntry, ...] = Field((), description="the audit trail, newest last")
     line: dict[str, Any] = Field(description="the document in force; *** stands in addresses of cameras for what is not told")
     shortened: Shortened = None
+    promise: str = Field("", description="why the promised rates do not hold under a remote one; empty: they do, or local")
 
 
 class BundleDesired(Order):

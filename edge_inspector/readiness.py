@@ -5,7 +5,7 @@ What must never be: a part judged, or a station told ready, while people, its ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from edge_inspector.cameras import Camera
 from edge_inspector.config import StationConfig
@@ -18,16 +18,18 @@ class Readiness:
     """Of one station. Read by any thread."""
 
     def __init__(
-        self, name: str, config: StationConfig, setting: Setting, cameras: Mapping[str, Camera], self_test: SelfTest
-    ) -> None:
-        """It starts `preoperational`: nothing is judged before the networks are open."""
+        self, name: str, config: StationConfig, setting: Setting, cameras: Mapping[str, Camera], self_test: SelfTest,
+        promise: Callable[[], str],
+    ) -> None:  # fmt: skip
+        """It starts `preoperational`: nothing is judged before the networks are open. `promise`: why that does not hold."""
         self.name, self.config, self.setting = name, config, setting
         self.is_building = False
         """Whether engines are built, which takes minutes."""
         self._cameras, self._self_test, self._orders = cameras, self_test, setting.orders
         self._state, self._why = "preoperational", "starting"
         self._busy = False
-        self._told: str | None = None
+        self._promise = promise
+        self._told: tuple[str, str] | None = None
 
     @property
     def state(self) -> str:
@@ -83,18 +85,19 @@ class Readiness:
         """What is told of it. `busy`: a part is being inspected, from now on or no more."""
         self._busy = self._busy if busy is None else busy
         why, standing, product = self.hindrance, self._orders.of(self.name), self.product
-        self._told = why
+        promise = self._promise()
+        self._told = why, promise
         return Ready.model_validate({
             "schema": "ei.ready.v1", "station": self.name, "ready": not why and not self._busy, "busy": self._busy,
             "state": self._state_told(), "reason": why, "product": product, "product_ordered": standing.product is not None,
             "recipe": self.config.products.get(product) if product else None, "session": self.setting.session,
-            "tested_at": self._self_test.at,
+            "tested_at": self._self_test.at, "promise": promise,
         })  # fmt: skip
 
     @property
     def is_told(self) -> bool:
         """Whether the answer is still the one that was told last."""
-        return self.hindrance == self._told
+        return (self.hindrance, self._promise()) == self._told
 
     def _state_told(self) -> str:
         if self._orders.of(self.name).halted:

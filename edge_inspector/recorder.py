@@ -74,12 +74,13 @@ class Recorder:
         self._adding = threading.Lock()
         self._unjudged, self._unjudged_why = 0, ""
         self._reused, self._reused_s, self._reused_last = 0, float("-inf"), ""
+        self._inspectors: Inspectors | None = None
         self._station, self._setting, self._output = station, setting, setting.output
         self._simulated, self._held_up = simulated, held_up
 
     def begin(self, inspectors: Inspectors) -> None:
         """From now on parts are judged by these."""
-        self.configuration = inspectors.configuration
+        self.configuration, self._inspectors = inspectors.configuration, inspectors
         manifests = {name: engine.bundle.manifest for name, engine in inspectors.engines.items()}
         self.trends.begin({name: manifest.calibration.scores for name, manifest in manifests.items()})
 
@@ -129,6 +130,11 @@ class Recorder:
         self._tell(result, trigger)
         self._count(result, trigger.received_s)
 
+    @property
+    def promise(self) -> str:
+        """Why the promised rates do not hold; the size of a whole frame is known from the first part on."""
+        return self._inspectors.promise if self._inspectors is not None else ""
+
     def causes(self) -> list[Cause]:
         """What is wrong with what was found lately."""
         causes = self.trends.causes()
@@ -141,6 +147,9 @@ class Recorder:
                 f"{self._reused_last!r}: none was judged. A controller that starts again must not count from 1 again"
             )
             causes.append(Cause(code="trigger_id_reused", severity="off_spec", thing=self._station, text=text))
+        if self.promise:
+            text = f"promise: {self.promise}"
+            causes.append(Cause(code="promise_not_valid", severity="off_spec", thing=self._station, text=text))
         return causes
 
     def _store(self, result: Result, trigger: Trigger) -> None:

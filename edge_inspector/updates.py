@@ -282,7 +282,9 @@ class Updates:
     def _prepared(self, current: RunningLine, done: Preparation) -> None:
         self._ready[done.setup.key] = done.inspectors
         if isinstance(done.what, Candidate):
-            self._configuration.prepared(done.what, done.error)
+            broken = {name: made.promise for name, made in done.inspectors.items() if made.promise}
+            promise = "; ".join(f"station {name}: {why}" for name, why in broken.items())
+            self._configuration.prepared(done.what, done.error, promise)
             return
         rollout = self._rollout(done.what.order.bundle)
         if rollout.candidate is not done.what:

@@ -189,3 +189,13 @@ def test_a_trial_that_an_older_version_of_the_program_began_goes_on(machine: Mac
     machine.start()
     machine.passes(1)
     assert machine.confirm(4) == "committed"
+
+
+def test_a_promise_that_does_not_hold_is_reported_with_its_configuration(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.it.take("desired", json.dumps({"by": "anna", "line": document(4, 99.0), "confirm_s": 600}).encode())
+    assert machine.it.candidate is not None
+    machine.it.prepared(machine.it.candidate, None, "station s: threshold set by the recipe")
+    assert machine.it.report().promise == "station s: threshold set by the recipe"
+    machine.confirm(4, "cancel")
+    assert machine.it.report().promise == ""

@@ -75,8 +75,8 @@ class FolderSource:
             found = pictures.listed(self._admitted.path)
         except PictureError as error:
             raise CameraError(f"{self.config.name}: {error.message}", hint=error.hint) from error
-        for line in found.told:
-            log.warning("%s: %s", self.config.name, line)
+        if found.told:
+            log.log(logging.WARNING if found.doubtful else logging.INFO, "%s: %s", self.config.name, "; ".join(found.told))
         self._paths = [self._admitted.refuse_outside(path) for path in found.taken]
         self._names = pictures.part_names(found.taken, found.folder)
         first = next((image for image in map(_readable, self._paths) if image is not None), None)

@@ -388,6 +388,8 @@ def _conclude(told: Reported, *, as_json: bool) -> None:
         print_json(told.model_dump(mode="json", by_alias=True))
     else:
         _show_entry("the device", told.last)
+        if isinstance(told, ConfigReported) and told.promise:
+            err.print(f"promise: {told.promise}", style="yellow", markup=False)
         _show_trial(told)
     raise typer.Exit(0 if told.last.outcome in _GOOD else 1)
 

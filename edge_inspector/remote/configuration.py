@@ -25,6 +25,7 @@ from edge_inspector.remote.trial import TOLD, Kept, Trials, boot_time
 log = logging.getLogger(__name__)
 
 WHAT = "configuration"
+_PROMISES = 3
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Configuration:
         self._answered = ""
         self._lines: dict[str, LineConfig] = {}
         """Parsed, by hash: of what is good and what is on trial."""
+        self._promise: dict[str, str] = {}
+        """Why the promised rates do not hold, by hash of the configurations that were prepared last."""
         self._fault = ""
         self._refuse_strange()
         self._file = self._first_file()
@@ -95,6 +98,7 @@ class Configuration:
             source="remote" if self.is_remote else "local", version=reference.version, hash=reference.hash,
             good_version=self.good_line.version, seen=self.seen, trial=trials.facts(), last=trials.last,
             history=trials.state.history[-TOLD:], line=self.line.document(reported_only=True),
+            promise=self._promise.get(reference.hash, ""),
         )  # fmt: skip
 
     # --- orders
@@ -155,12 +159,13 @@ class Configuration:
             kept = Kept(document=order.line, version=version, hash=digest, source="remote", by=order.by)
             self.candidate = Candidate(line, kept, order.confirm_s)
 
-    def prepared(self, candidate: Candidate, error: InspectorError | None) -> None:
-        """The candidate was tried beside what runs; `error`: what is wrong with it."""
+    def prepared(self, candidate: Candidate, error: InspectorError | None, promise: str = "") -> None:
+        """The candidate was tried beside what runs; `error`: what is wrong with it; `promise`: why its rates do not hold."""
         if candidate is not self.candidate:
             return  # another one is wanted by now
         self.candidate = None
         kept = candidate.kept
+        self._promise = {**dict(list(self._promise.items())[-_PROMISES:]), kept.hash: promise}
         try:
             if error is not None:
                 raise error
