@@ -12,11 +12,15 @@ BIN = $(VENV)/bin
 GST = /usr/bin/python3 -c 'import gi; gi.require_version("GstRtspServer", "1.0"); from gi.repository import GstRtspServer'
 APT = command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]
 
-.PHONY: demo test lint
+.PHONY: demo test lint parts
 demo: $(VENV)/.demo
 	$(BIN)/edge-inspector demo
 
-test: $(VENV)/.test $(if $(EDGE_INSPECTOR_NVIDIA),$(VENV)/.nvidia)
+test: $(VENV)/.test $(if $(EDGE_INSPECTOR_NVIDIA),$(VENV)/.nvidia) parts
+	$(BIN)/python -m pytest $(ARGS)
+
+# What tests need of the system.
+parts:
 	@command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || { $(APT) && apt-get update -qq && \
 	  apt-get install -y -qq mosquitto openssl >/dev/null; } || \
 	  echo "left out: tests with a real broker (apt install mosquitto openssl)"
@@ -36,7 +40,6 @@ test: $(VENV)/.test $(if $(EDGE_INSPECTOR_NVIDIA),$(VENV)/.nvidia)
 	  apt-get install -y -qq libfaketime >/dev/null; } || echo "left out: clocks that jump (apt install libfaketime)"
 	@command -v cc >/dev/null && command -v ip >/dev/null || { $(APT) && apt-get install -y -qq gcc libc6-dev iproute2 >/dev/null; } || \
 	  echo "left out: V4L2 cameras and GPIO and cameras in networks of their own (apt install gcc libc6-dev iproute2)"
-	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
