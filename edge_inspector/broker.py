@@ -7,6 +7,7 @@ what the broker takes is shortened, and says so; a result that fits in no form b
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -22,8 +23,8 @@ from pydantic import BaseModel
 from edge_inspector import messages
 from edge_inspector.errors import InspectorError, SchemaError
 from edge_inspector.frames import utc_now
-from edge_inspector.messages import Alert, Command, Head, Ready, ReplayRequest, Reply, ReplyError, Topics
-from edge_inspector.mqtt import Acknowledged, Connection, Message, Refused
+from edge_inspector.messages import Alert, Command, Head, Ready, ReplayRequest, Reply, ReplyError, StateMessage, Topics
+from edge_inspector.mqtt import Acknowledged, Connection, Message, Refused, Trouble
 from edge_inspector.outbox import Outbox
 from edge_inspector.outgoing import turns
 from edge_inspector.resending import REPLAY_RANGE, Resending
@@ -92,6 +93,8 @@ class Broker:
         self._tick, self._hears = tick, hears
         self._heard = hears()
         self._retained: dict[str, _Retained] = {}
+        self._said: set[str] = set()
+        """Topics of what is retained that the broker has had from us."""
         self._told: dict[str, bytes] = {}
         """Of what is retained, what this connection has been told."""
         self._alerts: queue.SimpleQueue[Alert] = queue.SimpleQueue()
@@ -111,7 +114,7 @@ class Broker:
     def subscriptions(topics: Topics) -> tuple[str, ...]:
         """What the daemon listens to."""
         return (
-            topics.of("replay", "+", "request"), topics.of("command", "+"),
+            topics.of("state"), topics.of("replay", "+", "request"), topics.of("command", "+"),
             topics.of("config", "desired"), topics.of("config", "confirm"),
             topics.of("bundle", "+", "desired"), topics.of("bundle", "+", "confirm"),
         )  # fmt: skip
@@ -281,6 +284,8 @@ class Broker:
 
     def _acknowledged(self, token: int) -> None:
         sent = self._sender.acknowledged(token)
+        if sent is not None and sent.topic in self._retained:
+            self._said.add(sent.topic)
         if sent is not None and sent.station is not None:
             waiting = self._sender.out.waiting(sent.station)
             reached = self._sent[sent.station]  # or less, where one before was refused
@@ -299,6 +304,9 @@ class Broker:
 
     def _take(self, message: Message) -> None:
         levels = self.topics.within(message.topic)
+        if levels == ("state",):
+            self._notice_another(message)
+            return
         try:
             is_desired = levels[0] in ("config", "bundle") and levels[-1] == "desired"
             message.check(MAX_BYTES if is_desired else messages.MAX_REQUEST_BYTES, retained=is_desired)
@@ -315,6 +323,20 @@ class Broker:
             log.exception("message on %s", message.topic)
             self.refuse(levels[1], InspectorError(f"{message.topic}: {error}"))
         self.connection.acknowledge(message.ack)
+
+    def _notice_another(self, message: Message) -> None:
+        """What our own state says: after we have said it, nobody else may. Mosquitto throws out one of two clients of the same
+        name without a word.
+        """
+        self.connection.acknowledge(message.ack)
+        own = self._retained.get(message.topic)
+        if message.topic not in self._said or own is None or message.payload == own.payload:
+            return
+        with contextlib.suppress(SchemaError):
+            told, mine = messages.decode(StateMessage, message.payload, message.topic), own.message
+            if isinstance(mine, StateMessage) and told.session != mine.session:
+                what = f"another client uses {self.connection.client_id}: it says {message.topic} in session {told.session}"
+                self.connection.note(Trouble("session_taken_over", what))
 
     def refuse(self, station: str, error: InspectorError) -> None:
         """Count a message that is not taken, and tell people; of several within a second one."""
