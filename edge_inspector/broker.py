@@ -7,6 +7,7 @@ what the broker takes is shortened, and says so; a result that fits in no form b
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -21,7 +22,7 @@ from typing import Protocol
 from pydantic import BaseModel
 
 from edge_inspector import messages
-from edge_inspector.errors import InspectorError
+from edge_inspector.errors import InspectorError, SchemaError
 from edge_inspector.flood import Flood, besides
 from edge_inspector.frames import utc_now
 from edge_inspector.messages import (
@@ -33,9 +34,10 @@ from edge_inspector.messages import (
     ReplayRequest,
     Reply,
     ReplyError,
+    StateMessage,
     Topics,
 )  # fmt: skip
-from edge_inspector.mqtt import Acknowledged, Connection, Message, Refused
+from edge_inspector.mqtt import Acknowledged, Connection, Message, Refused, Trouble
 from edge_inspector.outbox import Outbox
 from edge_inspector.outgoing import turns
 from edge_inspector.resending import REPLAY_RANGE, Resending
@@ -134,6 +136,8 @@ class Broker:
         self._retained: dict[str, _Retained] = {}
         self._taken_back: dict[str, None] = {}
         """Topics that are to hold nothing any more."""
+        self._said: set[str] = set()
+        """Topics of what is retained that the broker has had from us."""
         self._told: dict[str, bytes] = {}
         """Of what is retained, what this connection has been told."""
         self._alerts: queue.SimpleQueue[Alert] = queue.SimpleQueue()
@@ -154,7 +158,7 @@ class Broker:
         """What the daemon listens to; first to what it has reported itself, so that this comes before old orders."""
         return (
             topics.of("config", "reported"), topics.of("bundle", "+", "reported"),
-            topics.of("replay", "+", "request"), topics.of("command", "+"),
+            topics.of("state"), topics.of("replay", "+", "request"), topics.of("command", "+"),
             topics.of("config", "desired"), topics.of("config", "confirm"),
             topics.of("bundle", "+", "desired"), topics.of("bundle", "+", "confirm"),
         )  # fmt: skip
@@ -340,6 +344,8 @@ class Broker:
 
     def _acknowledged(self, token: int) -> None:
         sent = self._sender.acknowledged(token)
+        if sent is not None and sent.topic in self._retained:
+            self._said.add(sent.topic)
         if sent is not None and sent.station is not None:
             waiting = self._sender.out.waiting(sent.station)
             reached = self._sent[sent.station]  # or less, where one before was refused
@@ -358,6 +364,9 @@ class Broker:
 
     def _take(self, message: Message) -> None:
         levels = self.topics.within(message.topic)
+        if levels == ("state",):
+            self._notice_another(message)
+            return
         try:
             if levels[0] in ("config", "bundle") and levels[-1] != "reported":
                 self._take_order(levels, message)
@@ -379,6 +388,20 @@ class Broker:
             self._take_replay(levels[1], message)
         else:
             self._take_command(levels[1], message)
+
+    def _notice_another(self, message: Message) -> None:
+        """What our own state says: after we have said it, nobody else may. Mosquitto throws out one of two clients of the same
+        name without a word.
+        """
+        self.connection.acknowledge(message.ack)
+        own = self._retained.get(message.topic)
+        if message.topic not in self._said or own is None or message.payload == own.payload:
+            return
+        with contextlib.suppress(SchemaError):
+            told, mine = messages.decode(StateMessage, message.payload, message.topic), own.message
+            if isinstance(mine, StateMessage) and told.session != mine.session:
+                what = f"another client uses {self.connection.client_id}: it says {message.topic} in session {told.session}"
+                self.connection.note(Trouble("session_taken_over", what))
 
     def refuse(self, station: str, error: InspectorError) -> None:
         """Count a message that is not taken, and tell people; of several within a second one."""

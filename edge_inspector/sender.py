@@ -42,7 +42,8 @@ class Sender:
 
     def begin(self) -> None:
         """The connection is another one, or gone: nothing that was sent will be answered any more."""
-        culprit = self.out.lost(may_be_a_message=self.connection.ending.may_be_a_message)
+        contested = any(trouble.code == "session_taken_over" for trouble in self.connection.troubles())
+        culprit = self.out.lost(may_be_a_message=self.connection.ending.may_be_a_message and not contested)
         if culprit is not None:
             log.warning("%s: the broker closes the connection on %d bytes", culprit.topic, culprit.size)
             self.connection.hurry()

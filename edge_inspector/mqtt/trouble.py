@@ -16,8 +16,8 @@ _FIRST_S, _TAKEN_OVER_S = 0.2, 1.0
 _UNREACHED_S, _LONGEST_S = 5.0, 60.0
 STEADY_S = 5.0
 """A connection that stood for so long was a good one."""
-_ALONE_S = 180.0
-"""Nobody else claims an identity whose connection stood for so long."""
+_ALONE = 3.0
+"""Times the last pause that it must have stood, too: another client of the same name waits as long as this one did."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,12 @@ class Pause:
 
     def __init__(self) -> None:
         self._unreached = self._short = 0
+        self._last_s = 0.0
 
     def reset(self) -> None:
         """Begin anew: something was changed that may help."""
         self._unreached = self._short = 0
+        self._last_s = 0.0
 
     def after(self, ending: Ending) -> float:
         """In seconds, with jitter."""
@@ -77,13 +79,12 @@ class Pause:
         self._unreached = 0
         if ending.ours:
             return _FIRST_S
-        taken_over = ending.code == TAKEN_OVER
-        if ending.stood_s > (_ALONE_S if taken_over else STEADY_S):
+        if ending.stood_s > STEADY_S + _ALONE * self._last_s:
             self._short = 0
-        first_s = _TAKEN_OVER_S if taken_over else _FIRST_S
-        wait_s = min(first_s * 2.0 ** min(self._short, 9), _LONGEST_S)
+        first_s = _TAKEN_OVER_S if ending.code == TAKEN_OVER else _FIRST_S
+        self._last_s = min(first_s * 2.0 ** min(self._short, 9), _LONGEST_S)
         self._short += 1
-        return wait_s
+        return self._last_s
 
 
 _HINTS = (

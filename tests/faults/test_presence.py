@@ -49,8 +49,11 @@ def test_a_killed_device_is_offline_when_its_time_to_come_back_is_over(tmp_path:
     folder = made(tmp_path, mosquitto.port)
     with listening(mosquitto.port) as listener, DaemonProcess(folder) as daemon:
         until_online(listener)
+        until(lambda: listener.of("ready", "sheet")[-1:] and listener.of("ready", "sheet")[-1]["ready"], 20, "ready")
         daemon.kill()
         took_s = until_offline(listener)
+        until(lambda: not listener.of("ready", "sheet")[-1]["ready"], 2, "not ready: the one station's will")
+        assert listener.of("ready", "sheet")[-1]["reason"] == "the device is gone"
     print(f"\nkilled: offline after {took_s:.1f} s, {KNOWN_S} s at most")
     assert took_s <= KNOWN_S
 
