@@ -7,12 +7,14 @@ taken back, holds for every process that it starts, and needs no privileges.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import stat
 import struct
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -89,15 +91,22 @@ def _allow(ruleset: int, paths: Sequence[str], rights: int) -> None:
         try:
             is_folder = stat.S_ISDIR(os.fstat(opened).st_mode)
             given = rights if is_folder else rights & _FOR_FILES
-            _call(_ADD, ruleset, _BENEATH, struct.pack("=Qi", given, opened), ctypes.c_uint32(0))
+            with suppress(_NoFile):
+                _call(_ADD, ruleset, _BENEATH, struct.pack("=Qi", given, opened), ctypes.c_uint32(0))
         finally:
             os.close(opened)
+
+
+class _NoFile(OSError):
+    """What was opened lies in no file system, so that no rule can be about it."""
 
 
 def _call(number: int, *arguments: object) -> int:
     found = int(ctypes.CDLL(None, use_errno=True).syscall(number, *arguments))
     if found < 0:
         error = ctypes.get_errno()
+        if error == errno.EBADFD:
+            raise _NoFile(error, os.strerror(error))
         raise OSError(error, f"Landlock: {os.strerror(error)}")
     return found
 

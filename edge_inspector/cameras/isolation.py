@@ -148,7 +148,10 @@ class IsolatedSource:
     def _received(self, timeout_s: float) -> dict[str, Any] | None:
         if not select.select([self._socket], [], [], timeout_s)[0]:
             return None
-        data, ancillary, _, _ = self._socket.recvmsg(_MESSAGE, socket.CMSG_SPACE(4))
+        try:
+            data, ancillary, _, _ = self._socket.recvmsg(_MESSAGE, socket.CMSG_SPACE(4))
+        except ConnectionResetError:  # it ended before it had read what it should open
+            data, ancillary = b"", []
         if not data:
             raise CameraError(
                 f"{self.config.name}: the camera process ended {self._ended()}", hint="the driver may have crashed"
