@@ -109,7 +109,7 @@ def test_people_give_triggers_and_commands_that_are_signed_by_themselves(tmp_pat
         first = json.loads(done.stdout)
         assert (first["trigger_id"], first["part_id"]) == ("T-1", "A-1")
         assert done.exit_code == {"pass": 0, "fail": 1}[first["verdict"]]
-        assert "judged before" in verb("trigger", "sheet", *here, "--id", "T-1", code=done.exit_code)
+        assert "judged before" in verb("trigger", "sheet", *here, "--id", "T-1", "--part-id", "A-1", code=done.exit_code)
         assert "refused" in verb("trigger", "nowhere", *here, code=2)
         assert "no station 'nowhere'" in verb("trigger", "nowhere", *there, code=2)
         assert "no verdict within" in verb("trigger", "a/b", *here, "--wait-s", "1", code=2)
