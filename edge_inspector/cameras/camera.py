@@ -252,7 +252,7 @@ class Camera:
             return self.config.latency_ms / 1e3
         if scheme_of(self.config.uri) in STREAMS:
             return _STREAM_LATENCY_S
-        times = self._times
+        times = self._times.copy()  # the camera's thread adds to them
         measured_s = (
             statistics.median(b - a for a, b in zip(times, islice(times, 1, None), strict=False)) if len(times) > 1 else 0
         )
@@ -396,7 +396,7 @@ class Camera:
         self.counts.broken += bool(frame.fault)
         latest = self.on_demand or self.config.policy == "latest"
         with self._changed:
-            self._times.append(frame.captured_s)  # the station's thread reads them
+            self._times.append(frame.captured_s)
             if self.on_demand and self._frames and self._is_fresh(self._frames[0]):
                 self.counts.skipped += 1  # the first frame since the trigger waits already: later ones show another part
                 return
