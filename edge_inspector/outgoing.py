@@ -33,12 +33,13 @@ SHORTEST = 256
 
 @dataclass(frozen=True)
 class Sent:
-    """One publication; `station` and `seq` where it is a result."""
+    """One publication; `station` and `seq` of a result that counts as sent; topics of one `kind` carry the same messages."""
 
     topic: str
     size: int
     station: str | None = None
     seq: int = 0
+    kind: str = ""
 
 
 class Outgoing:
@@ -51,7 +52,7 @@ class Outgoing:
         self._endings: Counter[str] = Counter()
         self._learnt: dict[str, tuple[int, float]] = {}
         self._borne: dict[str, int] = {}
-        """The largest that the broker has acknowledged, by topic."""
+        """The largest that the broker has acknowledged, by topic and kind."""
 
     def __len__(self) -> int:
         return len(self._sent)
@@ -77,7 +78,8 @@ class Outgoing:
     def acknowledged(self, sent: Sent) -> None:
         """The broker has it."""
         self._endings.pop(sent.topic, None)
-        self._borne[sent.topic] = max(sent.size, self._borne.get(sent.topic, 0))
+        for key in (sent.topic, sent.kind):
+            self._borne[key] = max(sent.size, self._borne.get(key, 0))
         self._careful = max(0, self._careful - 1)
 
     def waiting(self, station: str) -> list[int]:
@@ -101,13 +103,16 @@ class Outgoing:
     def learn(self, sent: Sent) -> None:
         """This was too large."""
         self._endings.pop(sent.topic, None)
-        borne = min(self._borne.get(sent.topic, 0), sent.size - 1)
-        self._learnt[sent.topic] = max(sent.size // 2, (sent.size + 3 * borne) // 4, SHORTEST - 1), time.monotonic()
+        is_kind = bool(sent.kind) and self._borne.get(sent.kind, 0) < sent.size  # else it is the topic's fault, not the size's
+        key = sent.kind if is_kind else sent.topic
+        borne = min(self._borne.get(key, 0), sent.size - 1)
+        self._learnt[key] = max(sent.size // 2, (sent.size + 3 * borne) // 4, SHORTEST - 1), time.monotonic()
 
-    def payload_bytes(self, topic: str, told: int) -> int:
+    def payload_bytes(self, topic: str, told: int, kind: str = "") -> int:
         """The largest payload for a topic: what the broker told, or less where it was learnt."""
-        size, at_s = self._learnt.get(topic, (told, 0.0))
-        return min(told, size) if at_s > time.monotonic() - _LEARNT_S else told
+        since_s = time.monotonic() - _LEARNT_S
+        learnt = [self._learnt[key] for key in (topic, kind) if key in self._learnt]
+        return min([told, *(size for size, at_s in learnt if at_s > since_s)])
 
 
 def turns(waiting: Mapping[str, int], room: int, first: int) -> dict[str, int]:

@@ -16,6 +16,7 @@ from edge_inspector.outgoing import WINDOW, Outgoing, Sent
 
 log = logging.getLogger(__name__)
 
+_RESULT = "result"
 _REFUSED_S = 5.0
 """What the broker refuses is tried again after so long."""
 
@@ -61,7 +62,7 @@ class Sender:
 
     def fitted(self, topic: str, payload: bytes, most_bytes: int | None = None) -> bytes | None:
         """A result in the form that the broker takes; None where there is none."""
-        most = min(self._most_bytes(topic), most_bytes or len(payload))
+        most = min(self._most_bytes(topic, _RESULT), most_bytes or len(payload))
         fits = shortened_result(payload, most)
         if fits is None:
             self._note_too_large(topic, f"has gaps: results of {len(payload)} bytes, the broker takes {most}")
@@ -71,7 +72,7 @@ class Sender:
 
     def result(self, topic: str, payload: bytes, station: str | None = None, seq: int = 0) -> bool:
         """Publish a result that fits; returns whether there is a connection."""
-        return self._sent(Sent(topic, len(payload), station, seq), payload)
+        return self._sent(Sent(topic, len(payload), station, seq, _RESULT), payload)
 
     def acknowledged(self, token: int) -> Sent | None:
         """The broker has it; returns what it was."""
@@ -103,8 +104,8 @@ class Sender:
             self.out.add(token, sent)
         return token is not None
 
-    def _most_bytes(self, topic: str) -> int:
-        return self.out.payload_bytes(topic, self.connection.limits.payload_bytes(topic))
+    def _most_bytes(self, topic: str, kind: str = "") -> int:
+        return self.out.payload_bytes(topic, self.connection.limits.payload_bytes(topic), kind)
 
     def _note_too_large(self, topic: str, what: str) -> None:
         known = self._too_large.get(topic, "").partition(":")[0]

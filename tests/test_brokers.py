@@ -26,13 +26,14 @@ from edge_inspector.demo import EmbeddedBroker
 from edge_inspector.frames import Coming, Trigger, utc_now
 from edge_inspector.handshake import Handshake
 from edge_inspector.messages import Ready, StateMessage, VerdictMessage
-from edge_inspector.mqtt import Connection, Will, tls_context
+from edge_inspector.mqtt import Connection, Message, Will, tls_context
 from edge_inspector.outbox import Outbox
 from edge_inspector.results import BundleRef, EngineRef, Finding, Reason, Region, Result, Verdict
 from edge_inspector.subscriber import Subscriber
 from tests.line import MOSQUITTO, TOPICS, Mosquitto, collected, free_port, needed, until
 
 PARTS = 12
+ACL = Path(__file__).resolve().parents[1] / "systemd" / "mosquitto.acl"
 AEDES = Path(os.environ.get("EDGE_INSPECTOR_AEDES", "/opt/aedes"))
 """Where `npm install aedes` has put it; tried where it is there."""
 _AEDES = """
@@ -59,11 +60,12 @@ class Case:
 LIMITS = [
     Case("open"),
     Case("open, MQTT 3.1.1", protocol="3.1.1"),
-    Case("TLS, client certificates", tls=True),
+    Case("TLS, client certificates and the shipped access list", tls=True),
     Case("max_packet_size 1500", "max_packet_size 1500\n", codes=frozenset({"message_too_large"}), shortened=True),
     Case("max_packet_size 1500, MQTT 3.1.1", "max_packet_size 1500\n", "3.1.1",
          codes=frozenset({"connection_ended", "message_too_large"}), shortened=True),
-    Case("message_size_limit 1500", "message_size_limit 1500\n", codes=frozenset({"message_too_large"}), shortened=True),
+    Case("message_size_limit 1500", "message_size_limit 1500\n", codes=frozenset({"connection_ended", "message_too_large"}),
+         shortened=True),
     Case("message_size_limit 1500, MQTT 3.1.1", "message_size_limit 1500\n", "3.1.1",
          codes=frozenset({"message_too_large"}), shortened=True),
     Case("max_packet_size 400", "max_packet_size 400\n", codes=frozenset({"message_too_large"}), lost=True),
@@ -136,7 +138,7 @@ class Device:
 
 @contextmanager
 def device(folder: Path, config: BrokerConfig, certificates: Path | None = None) -> Iterator[Device]:
-    tls = client_tls(certificates)
+    tls = client_tls(certificates, "edge-1")
     station = Station()
     offline = StateMessage(online=False, session="s1")
     will = Will(TOPICS.of("state"), messages.encode(offline))
@@ -152,15 +154,15 @@ def device(folder: Path, config: BrokerConfig, certificates: Path | None = None)
         yield Device(outbox, connection, heard, broker)
 
 
-def client_tls(certificates: Path | None) -> ssl.SSLContext | None:
+def client_tls(certificates: Path | None, user: str) -> ssl.SSLContext | None:
     if certificates is None:
         return None
-    return tls_context(certificates / "ca.pem", certificates / "c.pem", certificates / "c.key")
+    return tls_context(certificates / "ca.pem", certificates / f"{user}.pem", certificates / f"{user}.key")
 
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, and what it gave the broker and the device."""
+    """An authority, and what it gave the broker, the device and its users."""
     folder = tmp_path_factory.mktemp("certificates")
 
     def openssl(*arguments: str) -> None:
@@ -169,8 +171,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     key = ("-newkey", "rsa:2048", "-nodes")
     openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2")
     (folder / "ext").write_text("subjectAltName=IP:127.0.0.1")
-    for name in ("s", "c"):
-        openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", "/CN=127.0.0.1")
+    for name in ("127.0.0.1", "edge-1", "mes", "controller"):
+        openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
         ca = ("-CA", "ca.pem", "-CAkey", "ca.key")
         openssl("x509", "-req", "-in", f"{name}.csr", *ca, "-out", f"{name}.pem", "-extfile", "ext", "-days", "2")
     for path in folder.iterdir():
@@ -184,21 +186,15 @@ def check_line(folder: Path, port: int, case: Case, certificates: Path | None = 
     host = {"host": "127.0.0.1", "port": port, "keepalive_s": 20}
     config = BrokerConfig.model_validate({**host, "protocol": case.protocol})
     reading = BrokerConfig.model_validate(host)
-    told: list[tuple[str, ...]] = []
-    verdicts: list[VerdictMessage] = []
-
-    def other(levels: tuple[str, ...], payload: bytes) -> None:
-        told.append(levels)
-        if levels[0] == "verdict":
-            verdicts.append(messages.decode(VerdictMessage, payload, "verdict"))
-
-    topics = (*Subscriber.subscriptions(TOPICS, "mes"), TOPICS.of("verdict", "+"))
     with contextlib.ExitStack() as stack:
-        user = Connection(reading, "mes", subscriptions=topics, tls=client_tls(certificates))
-        stack.enter_context(user)
+        topics, tls = Subscriber.subscriptions(TOPICS, "mes"), client_tls(certificates, "mes")
+        user = stack.enter_context(Connection(reading, "mes", subscriptions=topics, tls=tls))
+        tls = client_tls(certificates, "controller")
+        plc = stack.enter_context(Connection(reading, "plc", subscriptions=[TOPICS.of("verdict", "sheet")], tls=tls))
         edge = stack.enter_context(device(folder, config, certificates))
-        until(lambda: user.connected.is_set() and edge.heard.hearing is not None, 20, what="connections")
-        subscriber = Subscriber(user, TOPICS, client="mes", start="all", on_other=other)
+        up = (user.connected, plc.connected)
+        until(lambda: all(event.is_set() for event in up) and edge.heard.hearing is not None, 20, what="connections")
+        subscriber = Subscriber(user, TOPICS, client="mes", start="all")
         for number in range(1, PARTS + 1):
             edge.outbox.append(made(number))
         seqs, large = [] if case.lost else list(range(1, PARTS + 1)), set(range(3, PARTS + 1, 3))
@@ -208,9 +204,8 @@ def check_line(folder: Path, port: int, case: Case, certificates: Path | None = 
         assert {result.seq for result in found if result.shortened} == (large if case.shortened else set())
         assert all(len(result.findings) for result in found if not result.shortened)
         request = json.dumps({"trigger_id": "T-9"}).encode()
-        until(lambda: user.publish(TOPICS.of("trigger", "sheet"), request) is not None)
-        until(lambda: [list(subscriber.results(0.1)), verdicts][1], 15, what="verdict")
-        assert verdicts[0].expires_in_ms > 0
+        until(lambda: plc.publish(TOPICS.of("trigger", "sheet"), request) is not None)
+        assert answer(plc).expires_in_ms > 0
         until(lambda: [list(subscriber.results(0.1)), subscriber.is_ready("sheet")][1], 15, what="ready")
         assert subscriber.online
         assert edge.codes == case.codes, edge.codes
@@ -218,21 +213,39 @@ def check_line(folder: Path, port: int, case: Case, certificates: Path | None = 
             check_latecomer(reading, seqs, certificates)
 
 
+def answer(plc: Connection) -> VerdictMessage:
+    while True:
+        event = plc.events.get(timeout=15)
+        if isinstance(event, Message):
+            plc.acknowledge(event.ack)
+            return messages.decode(VerdictMessage, event.payload, event.topic)
+
+
 def check_latecomer(config: BrokerConfig, seqs: list[int], certificates: Path | None) -> None:
     """Who comes when nothing happens any more learns from what is retained that there are results."""
-    topics, tls = Subscriber.subscriptions(TOPICS, "late"), client_tls(certificates)
+    topics, tls = Subscriber.subscriptions(TOPICS, "late"), client_tls(certificates, "mes")
     with Connection(config, "late", subscriptions=topics, tls=tls) as user:
         subscriber = Subscriber(user, TOPICS, client="late", start="all")
         assert [result.seq for result in collected(subscriber, PARTS, 20)] == seqs
         until(lambda: [list(subscriber.results(0.1)), subscriber.is_ready("sheet")][1], 15, what="ready")
 
 
+def secured(certificates: Path, folder: Path) -> str:
+    """Mosquitto's settings for TLS with client certificates, each role a user with the rights that ship."""
+    server = certificates / "127.0.0.1"
+    files = f"cafile {certificates / 'ca.pem'}\ncertfile {server}.pem\nkeyfile {server}.key\nrequire_certificate true\n"
+    if not ACL.exists():
+        return files
+    own = folder / "acl"
+    own.write_text(ACL.read_text().replace("plant-1/line-1/edge-1", TOPICS.device_path))
+    own.chmod(0o644)
+    return f"{files}use_identity_as_username true\nacl_file {own}\n"
+
+
 @pytest.mark.parametrize("case", LIMITS, ids=lambda case: case.name)
 def test_results_verdicts_and_presence_arrive_whatever_mosquitto_allows(tmp_path: Path, case: Case, certificates: Path) -> None:
     needed(MOSQUITTO, "apt install mosquitto")
-    c, conf = certificates, case.conf
-    if case.tls:
-        conf += f"cafile {c / 'ca.pem'}\ncertfile {c / 's.pem'}\nkeyfile {c / 's.key'}\nrequire_certificate true\n"
+    conf = case.conf + (secured(certificates, tmp_path) if case.tls else "")
     broker = Mosquitto(tmp_path / "m", conf).start()
     try:
         check_line(tmp_path / "device", broker.port, case, certificates if case.tls else None)

@@ -418,16 +418,18 @@ class Connection:
         """The connection is gone: the broker said why, or paho what it knows."""
         if self._gone.is_set():  # we ended it
             return
-        words = words_of(reason) if told or not is_closed(reason) else "it closed the connection without a word"
+        words = words_of(reason) if told or not is_closed(reason) else "it was closed without a word"
         self._end(ours=False, code=reason.value if told else None, words=words)
         stood_s = self.ending.stood_s
         if reason.value == TAKEN_OVER and told:
             self.note(Trouble("session_taken_over", f"another client uses {self.client_id}: {words}"))
-        elif stood_s is not None and (told or (stood_s < STEADY_S and is_closed(reason))):
-            text = f"the broker ended the connection of {self.client_id}: {words}"
+        elif stood_s is not None and (told or stood_s < STEADY_S):
+            text = f"the connection of {self.client_id} ended: {words}"
             if not told:
-                text += "; another client may use that name, or a message be too large for it"
+                text += "; another client may use that name, or a message be too large for the broker"
             self.note(Trouble("connection_ended", text))
+        elif stood_s is not None:
+            log.warning("broker %s: the connection of %s ended: %s", self.endpoint, self.client_id, words)
 
     def _end(self, *, ours: bool, code: int | None = None, words: str = "") -> None:
         stood_s = None if self._stood_s is None else time.monotonic() - self._stood_s

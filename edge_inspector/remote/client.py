@@ -23,7 +23,7 @@ from edge_inspector.messages import (
     StateMessage,
     Topics,
 )
-from edge_inspector.mqtt import Acknowledged, Connection, Message
+from edge_inspector.mqtt import Acknowledged, Connection, Message, Refused
 from edge_inspector.schema import MAX_BYTES
 from edge_inspector.signatures import Ed25519PrivateKey
 
@@ -114,6 +114,11 @@ class Remote(Generic[R]):
                 tell(self._reported)
                 if is_it(self._reported):
                     return self._reported
+        deafness = self.connection.deafness
+        if deafness:
+            raise BrokerError(
+                f"broker {self.connection.endpoint}: {deafness}", hint="may this user subscribe? See its access list"
+            )
         told = f"says nothing of {self.subject}" if self._reported is None else "has not answered"
         told = "is offline, and " + told if self.online is False else told
         raise BrokerError(f"{self.topics.device_path} {told} within {timeout_s:g} s", hint=hint)
@@ -150,6 +155,11 @@ class Remote(Generic[R]):
             while True:
                 if isinstance(event, Acknowledged):
                     done.add(event.token)
+                elif isinstance(event, Refused):
+                    raise BrokerError(
+                        f"broker {self.connection.endpoint} refuses the order: {event.words}",
+                        hint="may this user publish it? The broker's access list says it",
+                    )
                 elif isinstance(event, Message):
                     self.connection.acknowledge(event.ack)
                     self._take(event)
