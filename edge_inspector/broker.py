@@ -89,14 +89,19 @@ class Broker:
         *,
         tick: Callable[[], None] = lambda: None,
         hears: Callable[[], bool] = lambda: True,
+        proven: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`tick` is called at least once a second while the thread is alive; no station is told ready before `hears`."""
+        """`tick` is called at least once a second while the thread is alive; no station is told ready before `hears`, and
+        no result leaves before it is `proven` that the numbers of the outbox are nobody else's.
+        """
         self.connection, self.topics, self.outbox, self.stations = connection, topics, outbox, stations
         self.orders: queue.Queue[Message] = queue.Queue(ORDERS)
         """Of configurations and bundles, for the daemon: it acknowledges them."""
         self.refused = 0
         self.failure: Exception | None = None
-        self._tick, self._hears = tick, hears
+        self._tick, self._hears, self._proven = tick, hears, proven
+        self._generation = 0
+        """Of the outbox: what was sent in an earlier one is not acknowledged in this."""
         self._retained: dict[str, tuple[bytes, bool]] = {}
         """Of each topic: payload, whether it waits until triggers are heard."""
         self._told: dict[str, bytes] = {}
@@ -186,10 +191,10 @@ class Broker:
             return
 
     def _notice_connection(self) -> None:
-        standing = self.connection.standing
-        if standing == self._standing:
+        standing, generation = self.connection.standing, self.outbox.generation
+        if (standing, generation) == (self._standing, self._generation):
             return
-        self._standing = standing
+        self._standing, self._generation = standing, generation
         self._in_flight.clear()
         self._replays.clear()
         self._head_at = 0.0
@@ -208,7 +213,7 @@ class Broker:
         return {t: p for t, (p, waits) in retained.items() if self._told.get(t) != p and (hears or not waits)}
 
     def _send_retained(self) -> None:
-        if time.monotonic() - self._head_at > _HEAD_EVERY_S:
+        if self._proven() and time.monotonic() - self._head_at > _HEAD_EVERY_S:
             self._head_at = time.monotonic()
             for station in self.outbox.stations:
                 self.retain(self._head(station), "head", station)
@@ -222,11 +227,16 @@ class Broker:
         head = self.outbox.head(station)
         gaps = self.outbox.gaps(station, head.lo, head.hi, _MAX_GAPS)
         omitted = self.outbox.gap_count(station, head.lo, head.hi) - len(gaps) if len(gaps) == _MAX_GAPS else 0
-        return Head(station=station, stream=head.stream, lo=head.lo, hi=head.hi, gaps=tuple(gaps), gaps_omitted=max(0, omitted))
+        return Head(
+            station=station, stream=head.stream, lo=head.lo, hi=head.hi, gaps=tuple(gaps), gaps_omitted=max(0, omitted),
+            life=self.outbox.origin.life,
+        )  # fmt: skip
 
     # --- results out
 
     def _send_results(self) -> None:
+        if not self._proven():
+            return
         for station in self.outbox.stations:
             room = RESULTS_IN_FLIGHT - len(self._in_flight)
             head = self.outbox.head(station)
@@ -246,7 +256,8 @@ class Broker:
             return
         station = sent[0]
         waiting = [other[1] for other in self._in_flight.values() if other is not None and other[0] == station]
-        self.outbox.acknowledged(station, min(waiting) - 1 if waiting else self._sent[station])
+        upto = min(waiting) - 1 if waiting else self._sent[station]
+        self.outbox.acknowledged(station, upto, self._generation)
 
     def _serve_replays(self) -> None:
         while self._replays and len(self._in_flight) < RESULTS_IN_FLIGHT:
@@ -342,7 +353,9 @@ class Broker:
             raise InspectorError(f"{message.topic}: a client cannot be named 'request'")
         head = self.outbox.head(name)
         replay = _Replay(request, name, request.lo, min(request.hi, request.lo + REPLAY_RANGE - 1, head.hi))
-        if request.stream != head.stream:
+        if not self._proven():
+            replay.error = "not known yet whether this stream goes on, ask again later"
+        elif request.stream != head.stream:
             replay.error = f"unknown stream {request.stream!r}, this is {head.stream!r}"
         elif len(self._replays) >= REPLAYS:
             replay.error = "busy, ask again later"

@@ -36,7 +36,7 @@ from edge_inspector.runtime import Pool
 from edge_inspector.setting import Setting
 from edge_inspector.station import Station
 from edge_inspector.updates import Updates
-from edge_inspector.wiring import Setup, connection_of, inspectors_of, topics_of
+from edge_inspector.wiring import Setup, connection_of, inspectors_of, provenance_of, topics_of
 
 log = logging.getLogger(__name__)
 
@@ -111,20 +111,24 @@ class _Line:
         will = Will(topics.of("state"), messages.encode(offline))
         self.connection = connection_of(device, client, Broker.subscriptions(topics), will)
         heard = connection_of(device, f"{client}.handshake", Handshake.subscriptions(topics))
+        self.provenance = provenance_of(device, f"{client}.heads", self.outbox, self.connection)
         metrics = device.config.metrics
         self.metrics = Metrics(metrics, self._reading) if metrics is not None else None
         self.outputs = {name: Outputs(name, config) for name, config in device.config.outputs.items() if name in line.stations}
         self.stations = {name: Station(name, config, self._setting(name, config)) for name, config in line.stations.items()}
         self.broker = Broker(
-            self.connection, topics, self.outbox, self.stations, tick=self.watchdog.loop("broker"), hears=heard.connected.is_set
-        )
+            self.connection, topics, self.outbox, self.stations,
+            tick=self.watchdog.loop("broker"), hears=heard.connected.is_set, proven=self.provenance.proven,
+        )  # fmt: skip
         self.handshake = Handshake(
             heard, topics, self.outbox, self.stations, self.broker.refuse, tick=self.watchdog.loop("handshake")
         )
         self.alarms = _Alarms(self.broker, self.stations)
         for output in self.outputs.values():
             stack.enter_context(output)
-        parts = (self.outbox, self.evidence, heard, self.connection, self.handshake, self.broker, self.metrics)
+        parts = (
+            self.outbox, self.evidence, heard, self.connection, self.provenance, self.handshake, self.broker, self.metrics,
+        )  # fmt: skip
         for part in parts:
             if part is not None:
                 stack.enter_context(part)
@@ -179,6 +183,7 @@ class _Line:
             *extra,
             *(self.metrics.causes() if self.metrics else ()),
             *health.storage_causes(self.outbox.counts, self.device.state),
+            *self.provenance.causes(),
         ]
         causes += [cause for station in stations for cause in station.causes()]
         causes += [

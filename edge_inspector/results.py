@@ -160,6 +160,9 @@ class Result(TolerantModel):
     findings_omitted: int = 0
     times_ms: Times = Times()
     evidence: Evidence | None = None
+    former_id: str | None = Field(
+        None, description="result_id under which it may have been told already, before its stream had to end: no other part"
+    )
 
     def payload(self) -> bytes:
         """JSON of at most 4 KB: regions, then findings, are left out (and counted) until it fits."""
