@@ -16,6 +16,7 @@ from functools import partial
 from importlib.metadata import version
 
 from edge_inspector import health, messages, systemd
+from edge_inspector.access import EVIDENCE, access_of, private
 from edge_inspector.broker import ALERT_EXPIRES_S, Broker
 from edge_inspector.cameras import Camera, open_source
 from edge_inspector.config import Device, LineConfig, StationConfig, load_line
@@ -105,7 +106,7 @@ class _Line:
         storage = device.config.storage
         self.outbox = Outbox(device.state, line.stations, quota_mb=storage.results_mb, tick=self.watchdog.loop("outbox"))
         self.evidence = EvidenceStore(
-            device.state / "evidence", device.config.storage.evidence_mb, device.config.storage.evidence_passed
+            device.state / EVIDENCE, storage.evidence_mb, storage.evidence_passed, access_of(storage.evidence_group)
         )
         client = "-".join(("ei", *topics.root.split("/")[2:]))
         will = Will(topics.of("state"), messages.encode(offline))
@@ -151,7 +152,7 @@ class _Line:
             outbox=self.outbox, evidence=self.evidence, configuration=self.setup.line.reference(), session=self.session,
             make_source=lambda name: open_source(config.cameras[name], self.device.folder),
             inspectors=partial(inspectors_of, self.device, self.setup, name, self._pools.setdefault(name, Pool())),
-            clock_ok=lambda: self._clock.ok,
+            clock_ok=lambda: self._clock.ok, numbers_stay=self.provenance.proven,
             watch=self.watchdog.loop, forget=self.watchdog.forget, output=self.outputs.get(name), metrics=self.metrics,
         )  # fmt: skip
 
@@ -184,6 +185,7 @@ class _Line:
             *(self.metrics.causes() if self.metrics else ()),
             *health.storage_causes(self.outbox.counts, self.device.state),
             *self.provenance.causes(),
+            *self.evidence.causes(),
         ]
         causes += [cause for station in stations for cause in station.causes()]
         causes += [
@@ -224,7 +226,8 @@ class _Line:
             return None
         return Reading(
             self._health, self._state, {name: station.trends for name, station in self.stations.items()},
-            dict(self.evidence.used), self.evidence.dropped, self._refusal() is None, self.connection.reconnects,
+            dict(self.evidence.used), self.evidence.dropped, self.evidence.lost,
+            self._refusal() is None, self.connection.reconnects,
             shutil.disk_usage(self.device.state).free, self.watchdog.silent_s(),
         )  # fmt: skip
 
@@ -272,7 +275,8 @@ def run(
 
     `until_ended`: stop by itself once every station has judged its recording. Raises InspectorError.
     """
-    with _alone(device), _pools() as pools:
+    access = access_of(device.config.storage.evidence_group)
+    with private(device.state, access), _alone(device), _pools() as pools:
         trust = device.path(device.config.remote.trust) if device.config.remote.require_signature else None
         authority = Authority(topics_of(device).device_path, trust)
         configuration = Configuration(device.state / "configuration.json", partial(load_line, device.line_file), authority)

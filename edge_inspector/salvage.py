@@ -57,10 +57,12 @@ class Salvage:
         except sqlite3.Error as error:
             self.faults.append(f"{what}: {error}")
 
-    def triggers(self) -> Iterator[tuple[str, str, str, bool]]:
-        """Station, trigger id, body, and whether it has a result."""
-        for row in self._rows("triggers", "station, trigger_id, body, seq"):
-            yield row[1], row[2], row[3], row[4] is not None
+    def triggers(self, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """The triggers that are known, with those of the columns that this file has."""
+        with self._noting("triggers"):
+            known = [name for name in columns_of(self._connection, "triggers") if name in set(columns)]
+            for row in self._rows("triggers", ", ".join(known)):
+                yield dict(zip(known, row[1:], strict=True))
 
     def results(self) -> Iterator[bytes]:
         """The bodies of those that the broker has not acknowledged."""
@@ -132,6 +134,18 @@ def aside_of(folder: Path) -> Path | None:
     return next(iter(sorted(folder.glob(_ASIDE))), None)
 
 
+def columns_of(connection: sqlite3.Connection, table: str) -> list[str]:
+    """The names of a table's columns, but for its row number. Raises sqlite3.Error."""
+    return [row[1] for row in connection.execute(f"PRAGMA table_info({table})") if row[1] != "id"]
+
+
+def _take_trigger(connection: sqlite3.Connection, trigger: dict[str, Any]) -> None:
+    """One that had a result keeps none to answer with, unless that is taken over, too: number 0 is nobody's."""
+    row = trigger if trigger["seq"] is None else trigger | {"body": "", "seq": 0}
+    places = ", ".join("?" * len(row))
+    connection.execute(f"INSERT OR IGNORE INTO triggers({', '.join(row)}) VALUES({places})", tuple(row.values()))
+
+
 def take_over(old: Salvage, fresh: Path, quota: Quota, stations: Iterable[str]) -> str:
     """Make the fresh file: what the broker does not have yet, in new streams, and which triggers are known.
 
@@ -143,9 +157,8 @@ def take_over(old: Salvage, fresh: Path, quota: Quota, stations: Iterable[str]) 
         make_tables(new)
         new.execute("BEGIN IMMEDIATE")
         streams.open_streams(new, [*stations, *old.acked])
-        for station, trigger_id, body, answered in old.triggers():
-            row = (station, trigger_id, "" if answered else body, 0 if answered else None)
-            new.execute("INSERT OR IGNORE INTO triggers(station, trigger_id, body, seq) VALUES(?, ?, ?, ?)", row)
+        for trigger in old.triggers(columns_of(new, "triggers")):
+            _take_trigger(new, trigger)
         for stored in old.results():
             result = streams.moved_result(stored, keep_id=True)
             if result is not None:

@@ -30,6 +30,8 @@ class Setting:
     watch: Callable[[str], Callable[[], None]]
     """Loop name -> its tick."""
     forget: Callable[[str], None]
+    numbers_stay: Callable[[], bool] = lambda: True
+    """Whether the number that a result gets now is its last one."""
     output: Outputs | None = None
     """Its wires to the line."""
     metrics: Metrics | None = None

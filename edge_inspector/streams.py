@@ -100,8 +100,8 @@ def heads(connection: sqlite3.Connection) -> dict[str, Head]:
     return found
 
 
-def insert(connection: sqlite3.Connection, result: Result) -> Result:
-    """Number and store a result; it answers its trigger. Raises sqlite3.Error."""
+def insert(connection: sqlite3.Connection, result: Result, *, key: str | None = None) -> Result:
+    """Number and store a result; it answers its trigger, or the one noted under `key`. Raises sqlite3.Error."""
     query = f"SELECT stream, next, {_BASE} FROM streams WHERE station = ?"  # noqa: S608 - our own names
     row = connection.execute(query, (result.station,)).fetchone()
     if row is None:  # a station of an earlier configuration, finishing an interrupted trigger
@@ -116,7 +116,7 @@ def insert(connection: sqlite3.Connection, result: Result) -> Result:
     connection.execute("UPDATE streams SET next = ? WHERE station = ?", (number + 1, result.station))
     connection.execute(
         "UPDATE triggers SET seq = ?, body = '' WHERE station = ? AND trigger_id = ?",
-        (number, result.station, result.trigger_id),
+        (number, result.station, key or result.trigger_id),
     )
     return stored
 

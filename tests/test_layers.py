@@ -10,6 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "edge_inspector"
 LINES = [
     {"errors", "threads", "durable"},
+    {"access"},
     {"schema"},
     {"frames", "results", "graphs"},
     {"roi", "signatures"},
