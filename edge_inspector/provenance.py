@@ -127,20 +127,17 @@ class Provenance:
 
     def _take(self, message: Message) -> None:
         station = self._topics.within(message.topic)[-1]
-        try:
-            told = messages.decode(Head, message.payload, message.topic)
-        except (InspectorError, ArithmeticError, TypeError, ValueError) as error:  # whoever wrote that: not this device
-            log.warning("a head that is none: %s", error)
-            return
-        origin, mine = self._outbox.origin, self._outbox.origin.streams.get(station)
-        if mine is None or told.stream != mine.stream or station not in self._missing:
+        told, origin = _head_of(message), self._outbox.origin
+        mine = origin.streams.get(station)
+        if told is None or mine is None or told.stream != mine.stream or station not in self._missing:
             return
         if told.life == origin.life:
             self._missing.discard(station)
-        elif told.hi > mine.hi or told.life > origin.life_before:
-            self._begin_anew(
-                f"the broker knows result {told.hi} of stream {mine.stream} ({station}), this file ends at {mine.hi}"
-            )
+        elif told.hi > mine.hi:
+            why = f"the broker knows result {told.hi} of stream {mine.stream} ({station}), this file ends at {mine.hi}"
+            self._begin_anew(why)
+        elif told.life > origin.life_before:
+            self._begin_anew(f"the broker knows a later life of stream {mine.stream} ({station}) than this file remembers")
 
     def _begin_anew(self, why: str) -> None:
         log.error("the state folder is an older copy of itself: %s", why)
@@ -167,3 +164,13 @@ class Provenance:
         self._missing.clear()
         self._unasked = f"a state folder that was put back to an older copy would not be noticed: {why}"
         log.warning("%s", self._unasked)
+
+
+def _head_of(message: Message) -> Head | None:
+    """A head as it was told; None for what this device never told."""
+    try:
+        told = messages.decode(Head, message.payload, message.topic)
+        return told if max(told.hi, told.life) <= messages.MAX_VERSION else None
+    except (InspectorError, ArithmeticError, TypeError, ValueError) as error:
+        log.warning("a head that this device never told: %s", error)
+        return None
