@@ -118,10 +118,12 @@ class Broker:
         *,
         tick: Callable[[], None] = lambda: None,
         hears: Callable[[], int | None] = lambda: 0,
+        proven: Callable[[], bool] = lambda: True,
     ) -> None:
         """`commands` lets commands in; None: there are none. `tick` is called at least once a second while the thread is alive.
 
         `hears`: the number of the connection on which triggers are heard; while it is None no station is told ready.
+        No result leaves before it is `proven` that the numbers of the outbox are nobody else's.
         """
         self.connection, self.topics, self.outbox, self.stations = connection, topics, outbox, stations
         self.orders: queue.Queue[Message] = queue.Queue(ORDERS)
@@ -130,7 +132,9 @@ class Broker:
         """Up to which version orders are taken, as the broker holds it in our own reports, by topic."""
         self.refused = 0
         self.failure: Exception | None = None
-        self._tick, self._hears, self._commands = tick, hears, commands
+        self._tick, self._hears, self._proven, self._commands = tick, hears, proven, commands
+        self._generation = 0
+        """Of the outbox: what was sent in an earlier one is not acknowledged in this."""
         self._stands_s: float | None = None
         self._heard = hears()
         self._retained: dict[str, _Retained] = {}
@@ -248,10 +252,14 @@ class Broker:
             self._heard = heard
             ready = self.topics.of("ready", "")
             self._told = {topic: told for topic, told in self._told.items() if not topic.startswith(ready)}
-        if standing == self._standing:
+        generation = self.outbox.generation
+        if (standing, generation) == (self._standing, self._generation):
             return
-        self._sender.begin()
-        self._standing = standing
+        if standing != self._standing:
+            self._sender.begin()
+        else:  # numbered anew: no answer to what was sent says anything of it
+            self._sender.out.forget()
+        self._standing, self._generation = standing, generation
         self._stands_s = self._stands_s or (time.monotonic() if standing is not None else None)
         self._resending.clear()
         self._head_at = 0.0
@@ -281,7 +289,7 @@ class Broker:
 
     def _send_retained(self) -> None:
         now_s = time.monotonic()
-        if now_s - self._head_at > _HEAD_EVERY_S:
+        if self._proven() and now_s - self._head_at > _HEAD_EVERY_S:
             self._head_at = now_s
             for station in self.outbox.stations:
                 self.retain(self._head(station), "head", station)
@@ -301,12 +309,17 @@ class Broker:
         head = self.outbox.head(station)
         gaps = self.outbox.gaps(station, head.lo, head.hi, _MAX_GAPS)
         omitted = self.outbox.gap_count(station, head.lo, head.hi) - len(gaps) if len(gaps) == _MAX_GAPS else 0
-        return Head(station=station, stream=head.stream, lo=head.lo, hi=head.hi, gaps=tuple(gaps), gaps_omitted=max(0, omitted))
+        return Head(
+            station=station, stream=head.stream, lo=head.lo, hi=head.hi, gaps=tuple(gaps), gaps_omitted=max(0, omitted),
+            life=self.outbox.origin.life,
+        )  # fmt: skip
 
     # --- results out
 
     def _send_results(self) -> bool:
         """Send what the window has room for, every station and the replays in turn; returns whether more waits."""
+        if not self._proven():
+            return False
         waiting = {
             station: self.outbox.head(station).hi - self._sent[station]
             for station in self.outbox.stations
@@ -340,7 +353,7 @@ class Broker:
         """A result that fits in no form: a replay tells the gap, those behind it go on."""
         self._sent[station] = seq
         if not self._sender.out.waiting(station):
-            self.outbox.acknowledged(station, seq)
+            self.outbox.acknowledged(station, seq, self._generation)
 
     def _acknowledged(self, token: int) -> None:
         sent = self._sender.acknowledged(token)
@@ -349,7 +362,8 @@ class Broker:
         if sent is not None and sent.station is not None:
             waiting = self._sender.out.waiting(sent.station)
             reached = self._sent[sent.station]  # or less, where one before was refused
-            self.outbox.acknowledged(sent.station, min([reached, *(seq - 1 for seq in waiting)]))
+            upto = min([reached, *(seq - 1 for seq in waiting)])
+            self.outbox.acknowledged(sent.station, upto, self._generation)
 
     def _was_refused(self, refused: Refused) -> None:
         """The broker does not take a message: shorter at once, where it says that it is too large; else later again."""
@@ -441,7 +455,7 @@ class Broker:
     def _take_replay(self, name: str, message: Message) -> None:
         if name not in self.outbox.stations:
             messages.named(self.stations, name)
-        self._resending.ask(name, messages.decode(ReplayRequest, message.payload, message.topic))
+        self._resending.ask(name, messages.decode(ReplayRequest, message.payload, message.topic), proven=self._proven())
 
     def _take_report(self, levels: tuple[str, ...], message: Message) -> None:
         """What the broker holds of us; what comes as we say it is no news."""

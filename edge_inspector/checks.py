@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_inspector import confinement, health, messages, outputs
+from edge_inspector.access import access_of
 from edge_inspector.broker import Broker
 from edge_inspector.bundles import Bundle, in_folder, open_bundle
 from edge_inspector.config import BrokerConfig, Device, LineConfig, load_device, load_line
@@ -76,7 +77,19 @@ def check_device(config: Path) -> list[Finding]:
         findings.append(_bundle(device, name, bundles))
     findings += _cameras(device, line, bundles)
     findings += _outputs(device, line)
+    findings += _evidence_group(device)
     return findings
+
+
+def _evidence_group(device: Device) -> Iterator[Finding]:
+    group = device.config.storage.evidence_group
+    if group is None:
+        return
+    try:
+        access_of(group)
+        yield Finding("evidence", True, f"can be read by the group {group}")
+    except InspectorError as error:
+        yield _faulty("evidence", error)
 
 
 def _broker(device: Device) -> Iterator[Finding]:

@@ -62,6 +62,9 @@ class StorageConfig(Model):
     evidence_passed: float = Field(
         0.01, ge=0, le=1, description="share of passed parts whose frames are kept too, beside those near the threshold"
     )
+    evidence_group: str | None = Field(
+        None, description="group of this machine that may read the pictures; none: only who runs the daemon"
+    )
 
 
 class EngineConfig(Model):

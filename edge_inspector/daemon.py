@@ -16,6 +16,7 @@ from functools import partial
 from importlib.metadata import version
 
 from edge_inspector import confinement, health, messages, systemd
+from edge_inspector.access import EVIDENCE, access_of, private
 from edge_inspector.broker import ALERT_EXPIRES_S, Broker
 from edge_inspector.cameras import Camera, is_isolated, open_source
 from edge_inspector.config import Device, LineConfig, StationConfig, load_line
@@ -38,7 +39,16 @@ from edge_inspector.setting import Setting
 from edge_inspector.standing import Orders
 from edge_inspector.station import Station
 from edge_inspector.updates import Updates
-from edge_inspector.wiring import Setup, client_id, connection_of, door_of, inspectors_of, refusals, topics_of
+from edge_inspector.wiring import (
+    Setup,
+    client_id,
+    connection_of,
+    door_of,
+    inspectors_of,
+    provenance_of,
+    refusals,
+    topics_of,
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +122,7 @@ class _Line:
         storage = device.config.storage
         self.outbox = Outbox(device.state, line.stations, quota_mb=storage.results_mb, tick=self.watchdog.loop("outbox"))
         self.evidence = EvidenceStore(
-            device.state / "evidence", device.config.storage.evidence_mb, device.config.storage.evidence_passed
+            device.state / EVIDENCE, storage.evidence_mb, storage.evidence_passed, access_of(storage.evidence_group)
         )
         client = client_id(device)
         will = Will(topics.of("state"), messages.encode(offline))
@@ -120,13 +130,14 @@ class _Line:
         gone = self._gone(list(line.stations))
         heard = connection_of(device, f"{client}.handshake", Handshake.subscriptions(topics), gone)
         self._heard = heard
+        self.provenance = provenance_of(device, f"{client}.heads", self.outbox, self.connection)
         metrics = device.config.metrics
         self.metrics = Metrics(metrics, self._reading) if metrics is not None else None
         self.outputs = {name: Outputs(name, config) for name, config in device.config.outputs.items() if name in line.stations}
         self.stations = {name: Station(name, config, self._setting(name, config)) for name, config in line.stations.items()}
         self.broker = Broker(
             self.connection, topics, self.outbox, self.stations, Commands(authority, self.session),
-            tick=self.watchdog.loop("broker"), hears=lambda: heard.hearing,
+            tick=self.watchdog.loop("broker"), hears=lambda: heard.hearing, proven=self.provenance.proven,
         )  # fmt: skip
         self.handshake = Handshake(
             heard, topics, self.outbox, self.stations, self.broker.refuse, tick=self.watchdog.loop("handshake")
@@ -134,7 +145,9 @@ class _Line:
         self.alarms = _Alarms(self.broker, self.stations)
         for output in self.outputs.values():
             stack.enter_context(output)
-        parts = (self.outbox, self.evidence, heard, self.connection, self.handshake, self.broker, self.metrics)
+        parts = (
+            self.outbox, self.evidence, heard, self.connection, self.provenance, self.handshake, self.broker, self.metrics,
+        )  # fmt: skip
         for part in parts:
             if part is not None:
                 stack.enter_context(part)
@@ -176,7 +189,7 @@ class _Line:
                 config.cameras[camera], self._door.admit, self.device.camera_folders / f"{name}-{camera}", self.device.cache
             ),
             inspectors=partial(inspectors_of, self.device, self.setup, name, self._pools.setdefault(name, Pool())),
-            clock_ok=lambda: self._clock.ok,
+            clock_ok=lambda: self._clock.ok, numbers_stay=self.provenance.proven,
             watch=self.watchdog.loop, forget=self.watchdog.forget, orders=self._orders,
             hindrance=partial(self._hindrance, config), output=self.outputs.get(name), metrics=self.metrics,
         )  # fmt: skip
@@ -211,6 +224,8 @@ class _Line:
             *self._orders.causes(),
             *(self.metrics.causes() if self.metrics else ()),
             *health.storage_causes(self.outbox.counts, self.device.state),
+            *self.provenance.causes(),
+            *self.evidence.causes(),
         ]
         causes += [cause for station in stations for cause in station.causes()]
         causes += [
@@ -260,7 +275,8 @@ class _Line:
             return None
         return Reading(
             self._health, self._state, {name: station.trends for name, station in self.stations.items()},
-            dict(self.evidence.used), self.evidence.dropped, self._refusal() is None, self.connection.reconnects,
+            dict(self.evidence.used), self.evidence.dropped, self.evidence.lost,
+            self._refusal() is None, self.connection.reconnects,
             shutil.disk_usage(self.device.state).free, self.watchdog.silent_s(),
         )  # fmt: skip
 
@@ -316,7 +332,8 @@ def run(
 
     `until_ended`: stop by itself once every station has judged its recording. Raises InspectorError.
     """
-    with _alone(device), _pools() as pools:
+    access = access_of(device.config.storage.evidence_group)
+    with private(device.state, access), _alone(device), _pools() as pools:
         authority = Authority.of(device)
         configuration = Configuration(
             device.state / "configuration.json", partial(load_line, device.line_file), authority,

@@ -7,15 +7,21 @@ from pathlib import Path
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace a file; when this returns the new one survives a power cut. Raises OSError."""
+    """Replace a file that only its owner reads; when this returns the new one survives a power cut. Raises OSError."""
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    part.unlink(missing_ok=True)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """When this returns, names that came or went in the folder survive a power cut. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

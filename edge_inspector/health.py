@@ -36,6 +36,10 @@ def storage_causes(outbox: Counts, state: Path) -> list[Cause]:
     if outbox.dropped_unsent:
         text = f"{outbox.dropped_unsent} results dropped by the quota before the broker had them, since start"
         causes.append(Cause(code="outbox_dropped", severity="maintenance_required", thing="outbox", text=text))
+    if outbox.damaged is not None and outbox.damaged.exists():
+        text = f"the file of results was damaged and lies in {outbox.damaged}: look at the disk, then delete it"
+        text += f"; {outbox.salvaged}, in new streams" * bool(outbox.salvaged)
+        causes.append(Cause(code="outbox_damaged", severity="maintenance_required", thing="outbox", text=text))
     usage = shutil.disk_usage(state)
     if usage.used / usage.total > _DISK_HIGH:
         text = f"{usage.used / usage.total:.0%} of the disk used"

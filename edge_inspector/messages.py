@@ -119,6 +119,9 @@ class Head(TolerantModel):
     hi: int = Field(description="highest seq; 0 before the first result")
     gaps: tuple[tuple[int, int], ...] = Field((), description="dropped ranges between lo and hi, newest last")
     gaps_omitted: int = Field(0, description="older gaps left out here; a replay tells them")
+    life: int = Field(
+        0, description="rises with every start of the device: one that is told a higher life of its own stream was put back"
+    )
 
 
 class ReplayRequest(TolerantModel):

@@ -40,6 +40,7 @@ class Reading:
     evidence_bytes: Mapping[str, int]
     """By kind of part."""
     evidence_dropped: int
+    evidence_lost: int
     connected: bool
     reconnects: int
     disk_free_bytes: int
@@ -134,7 +135,8 @@ def _values(reading: Reading) -> Iterator[tuple[str, str, float]]:
     yield "messages_dropped_total", "inbound messages refused or not taken in time", reading.health.dropped_messages
     yield "clock_synchronised", "1: times can be trusted", reading.health.clock.ok
     yield "disk_free_bytes", "of the disk with the state folder", reading.disk_free_bytes
-    yield "evidence_dropped_total", "parts whose pictures were not kept: the writer was behind", reading.evidence_dropped
+    yield "evidence_dropped_total", "parts whose pictures were not kept, as their results say", reading.evidence_dropped
+    yield "evidence_lost_total", "parts whose pictures were lost after their results said stored", reading.evidence_lost
     yield "configuration_version", "of line.yaml in force", reading.state.configuration_version or 0
 
 

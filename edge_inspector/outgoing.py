@@ -86,10 +86,14 @@ class Outgoing:
         """The results of a station that are not answered yet."""
         return [sent.seq for sent in self._sent.values() if sent.station == station]
 
+    def forget(self) -> None:
+        """No answer to what was sent counts any more."""
+        self._sent.clear()
+
     def lost(self, *, may_be_a_message: bool) -> Sent | None:
         """The connection is gone, and all that was not answered with it; returns what was learnt to be too large."""
         sent = list(self._sent.values())
-        self._sent.clear()
+        self.forget()
         if not may_be_a_message or not sent:
             return None
         if self._careful and len(sent) == 1:

@@ -160,6 +160,19 @@ def _titled(panel: NDArray[np.uint8], title: str) -> NDArray[np.uint8]:
     return np.vstack([bar, panel])
 
 
+def _captioned(picture: NDArray[np.uint8], caption: str) -> NDArray[np.uint8]:
+    """The picture below as many lines of text as it takes; what the font has no letter for is told by its number."""
+    font, scale, height = cv2.FONT_HERSHEY_SIMPLEX, 0.5, 22
+    lines = caption.encode("ascii", "backslashreplace").decode().split("\n")
+    width = max(picture.shape[1], *(cv2.getTextSize(line, font, scale, 1)[0][0] + 12 for line in lines))
+    below = np.full((picture.shape[0], width, 3), 255, np.uint8)
+    below[:, : picture.shape[1]] = picture
+    strip = np.full((8 + height * len(lines), width, 3), 255, np.uint8)
+    for number, line in enumerate(lines):
+        cv2.putText(strip, line, (6, 20 + height * number), font, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.vstack([strip, below])
+
+
 def explanation(
     seen: Pixels,
     anomaly: NDArray[np.float32],
@@ -187,7 +200,4 @@ def explanation(
     panels = [_titled(boxed, "seen"), _titled(heat, "anomaly map (mid scale = threshold)")]
     if expected is not None:
         panels.append(_titled(_fitted(to_bgr8(expected), cv2.INTER_NEAREST), "expected"))
-    picture = np.hstack(panels)
-    header = np.full((30, picture.shape[1], 3), 255, np.uint8)
-    cv2.putText(header, title, (6, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.vstack([header, picture])
+    return _captioned(np.hstack(panels), title)

@@ -115,8 +115,9 @@ class Recorder:
         with self._adding:
             self._note_judged(verdict, reason, detail)
             self.trends.add(inspection.verdict, inspection.findings)
-        evidence = self._setting.evidence.offer(result, frames or {}, inspection.views)
-        self._store(result if evidence is None else result.model_copy(update={"evidence": evidence}), trigger)
+        named: Future[str] | None = Future() if inspection.views else None
+        evidence = self._setting.evidence.offer(result, frames or {}, inspection.views, named)
+        self._store(result if evidence is None else result.model_copy(update={"evidence": evidence}), trigger, named)
 
     def _note_judged(self, verdict: Verdict, reason: Reason, detail: str) -> None:
         if verdict is not Verdict.UNDECIDED:
@@ -152,12 +153,14 @@ class Recorder:
             causes.append(Cause(code="promise_not_valid", severity="off_spec", thing=self._station, text=text))
         return causes
 
-    def _store(self, result: Result, trigger: Trigger) -> None:
+    def _store(self, result: Result, trigger: Trigger, named: Future[str] | None) -> None:
         """Hand over to the outbox; while that is full, hold everything up: what is not accepted must not be forgotten."""
         while True:
             try:
                 future = self._setting.outbox.submit(result, expires_s=trigger.expires_s)
                 future.add_done_callback(partial(self._stored, result.verdict, trigger, time.monotonic()))
+                if named is not None:
+                    future.add_done_callback(partial(self._name, named))
                 break
             except OutboxError as error:
                 if not self._held_up():
@@ -187,6 +190,11 @@ class Recorder:
                 level, "part %s: %s, %s %s", result.part_id or result.trigger_id, result.verdict.value, result.reason.value,
                 result.detail, extra={**about, "verdict": result.verdict.value},
             )  # fmt: skip
+
+    def _name(self, named: Future[str], future: Future[Result]) -> None:
+        """Tell the result's id where it stays as it is: it may be numbered anew until the broker was heard."""
+        is_final = future.exception() is None and self._setting.numbers_stay()
+        named.set_result(future.result().result_id if is_final else "")
 
     def _tell(self, result: Result, trigger: Trigger) -> None:
         if self._output is not None:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from edge_inspector import messages, pictures
+from edge_inspector import pictures
 from edge_inspector.cameras.folder import broken_frame
 from edge_inspector.config import Device, LineConfig, load_line, parse_line
 from edge_inspector.errors import InspectorError
 from edge_inspector.evidence import frames_of, place_of
 from edge_inspector.frames import Frame, frozen
+from edge_inspector.history import stored_results
 from edge_inspector.inspector import Inspection, Inspector
-from edge_inspector.outbox import stored_result
 from edge_inspector.remote.trial import Kept, state_of
 from edge_inspector.results import Finding, Reason, RecipeRef, Result
 from edge_inspector.runtime import Pool
@@ -32,6 +32,8 @@ class Replay:
     now: Inspection
     reasons: tuple[str, ...]
     """Of any difference, the likely causes first; empty where the same came out."""
+    earlier: tuple[Result, ...] = ()
+    """Of the same part, where it was judged more than once."""
 
     @property
     def is_same(self) -> bool:
@@ -66,15 +68,15 @@ def _rolled_out(device: Device, line: LineConfig) -> Iterator[tuple[str, str]]:
             yield name, f"bundles/{name}/{kept.version}"
 
 
-def record_of(device: Device, result_id: str) -> Result:
-    """The record with this id. Raises InspectorError."""
-    body = stored_result(device.state / "outbox.db", result_id)
-    if body is None:
+def records_of(device: Device, name: str) -> list[Result]:
+    """The records with this result id, or of the part or trigger with this id, oldest first. Raises InspectorError."""
+    found = stored_results(device.state / "outbox.db", name)
+    if not found:
         raise InspectorError(
-            f"no result {result_id!r} in {device.state}",
-            hint="ids are STREAM-SEQ, as in result_id of a result; old ones are dropped by storage.results_mb",
+            f"no result, part or trigger {name!r} in {device.state}",
+            hint="result ids are STREAM-SEQ, as in result_id of a result; old results are dropped by storage.results_mb",
         )
-    return messages.decode(Result, body, result_id)
+    return [result for result in found if result.result_id == name] or found
 
 
 def _frames(device: Device, result: Result) -> dict[str, list[Frame]]:
@@ -118,13 +120,13 @@ def _inspector(device: Device, result: Result, tell: TellBuild) -> Iterator[tupl
         pool.close()
 
 
-def replay(device: Device, result_id: str, tell: TellBuild = lambda *_: None) -> Replay:
-    """Judge the kept frames of a result by what is in force now. Raises InspectorError."""
-    then = record_of(device, result_id)
+def replay(device: Device, name: str, tell: TellBuild = lambda *_: None) -> Replay:
+    """Judge the kept frames of a result, or of a part's newest result, by what is in force now. Raises InspectorError."""
+    *earlier, then = records_of(device, name)
     frames = _frames(device, then)
     with _inspector(device, then, tell) as (inspector, reference):
         now = inspector.inspect(frames)
-    return Replay(then, now, tuple(_reasons(then, now, reference)))
+    return Replay(then, now, tuple(_reasons(then, now, reference)), tuple(earlier))
 
 
 def _reasons(then: Result, now: Inspection, recipe: RecipeRef) -> Iterator[str]:

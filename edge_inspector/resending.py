@@ -46,13 +46,15 @@ class Resending:
         """Answer nobody any more: the connection on which they asked is gone."""
         self._replays.clear()
 
-    def ask(self, station: str, request: ReplayRequest) -> None:
-        """Take a request. Raises InspectorError."""
+    def ask(self, station: str, request: ReplayRequest, *, proven: bool) -> None:
+        """Take a request; `proven`: the numbers of the stream are nobody else's. Raises InspectorError."""
         if request.client == "request":
             raise InspectorError(f"replay/{station}/request: a client cannot be named 'request'")
         head = self._outbox.head(station)
         replay = _Replay(request, station, request.lo, min(request.hi, request.lo + REPLAY_RANGE - 1, head.hi))
-        if request.stream != head.stream:
+        if not proven:
+            replay.error = "not known yet whether this stream goes on, ask again later"
+        elif request.stream != head.stream:
             replay.error = f"unknown stream {request.stream!r}, this is {head.stream!r}"
         elif len(self._replays) >= REPLAYS:
             replay.error = "busy, ask again later"

@@ -188,6 +188,9 @@ class Result(TolerantModel):
     shortened: Literal[True] | None = Field(
         None, description="the broker takes no more: regions, findings or texts were left out; a replay gives no more"
     )
+    former_id: str | None = Field(
+        None, description="result_id under which it may have been told already, before its stream had to end: no other part"
+    )
 
     def payload(self) -> bytes:
         """JSON of at most 4 KB: regions, then findings, are left out (and counted) until it fits."""

@@ -33,6 +33,8 @@ class Setting:
     forget: Callable[[str], None]
     orders: Orders
     """What people ordered of its stations; it was read before any of them begins."""
+    numbers_stay: Callable[[], bool] = lambda: True
+    """Whether the number that a result gets now is its last one."""
     hindrance: Callable[[], str] = lambda: ""
     """Why the device cannot let this station judge a part now; empty: it can. Asked for each part: it must not wait."""
     output: Outputs | None = None

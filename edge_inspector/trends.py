@@ -125,6 +125,9 @@ class Trends:
 
     def _is_beyond(self, what: object, share: float) -> bool:
         """Whether a limit is exceeded; once it was, only clearly below does it count as kept: at the limit nothing flickers."""
-        beyond = share > (_CLEAR if what in self._told else 1.0)
-        (self._told.add if beyond else self._told.discard)(what)
-        return beyond
+        limit = _CLEAR if what in self._told else 1.0
+        if share > limit:
+            self._told.add(what)
+        else:
+            self._told.discard(what)
+        return share > limit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,8 @@ from edge_inspector.errors import BrokerError, CameraError, Fault
 from edge_inspector.inspector import Inspectors
 from edge_inspector.messages import Topics
 from edge_inspector.mqtt import Connection, Will, read_password, tls_context
+from edge_inspector.outbox import Outbox
+from edge_inspector.provenance import Provenance
 from edge_inspector.roi import Roi
 from edge_inspector.runtime import Engine, Pool, Workshop, opened
 
@@ -112,6 +114,15 @@ def refusals(door: Door, line: LineConfig) -> list[Fault]:
             except CameraError as error:
                 faults.append(Fault(f"stations.{name}.cameras.{camera}.uri", error.message, "", error.hint))
     return faults
+
+
+def provenance_of(device: Device, client_id: str, outbox: Outbox, own: Connection) -> Provenance:
+    """What asks the broker whether the outbox is the newest copy of itself; `own` is the daemon's own connection."""
+
+    def connect(heads: Sequence[str]) -> Connection:
+        return connection_of(device, client_id, tuple(heads), durable=False)
+
+    return Provenance(outbox, topics_of(device), connect, own.connected.is_set, wake=own.wake)
 
 
 def batch_of(bundle: Bundle, line: LineConfig, runtime: str) -> int:

@@ -14,7 +14,8 @@ import pytest
 from edge_inspector import messages
 from edge_inspector.errors import OutboxError
 from edge_inspector.frames import Trigger
-from edge_inspector.outbox import BALLAST_BYTES, Outbox
+from edge_inspector.outbox import Outbox
+from edge_inspector.quota import BALLAST_BYTES
 from edge_inspector.results import Reason, Result, Verdict
 from tests.line import filled, until
 

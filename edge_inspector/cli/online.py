@@ -187,7 +187,12 @@ def run(config: ConfigOption = Path("device.yaml"), verbose: Annotated[bool, typ
 
 
 def replay(
-    result_id: Annotated[str, typer.Argument(help="of a result: its result_id, STREAM-SEQ", metavar="RESULT_ID")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="a result's id (STREAM-SEQ), or a part's or trigger's: its newest result", metavar="RESULT_OR_PART"
+        ),
+    ],
     config: ConfigOption = Path("device.yaml"),
     as_json: JsonOption = False,
 ) -> None:
@@ -198,9 +203,7 @@ def replay(
     logging.basicConfig(level=logging.ERROR)
     with progress_bar() as shown:
         tell = phases(shown)
-        judged = again(
-            load_device(config), result_id, lambda bundle, phase, step, steps: tell(f"{bundle}: {phase}", step, steps)
-        )
+        judged = again(load_device(config), name, lambda bundle, phase, step, steps: tell(f"{bundle}: {phase}", step, steps))
     then, now = judged.then, judged.now
     if as_json:
         print_json({
@@ -208,8 +211,14 @@ def replay(
             "now": {"verdict": now.verdict.value, "reason": now.reason.value, "detail": now.detail,
                     "findings": [f.model_dump(mode="json", exclude_none=True) for f in now.findings]},
             "same_verdict": judged.is_same, "reasons": judged.reasons,
+            "earlier": [result.result_id for result in judged.earlier],
         })  # fmt: skip
     else:
+        if judged.earlier:
+            others = ", ".join(result.result_id for result in judged.earlier)
+            out.print(
+                f"{escape(name)} was judged {len(judged.earlier) + 1} times; this is the last time ({escape(others)} before)"
+            )
         out.print(f"then  {one_line(then)}")
         result = then.model_copy(
             update={"verdict": now.verdict, "reason": now.reason, "detail": now.detail, "findings": now.findings,

@@ -158,12 +158,22 @@ def _secrets(name: str) -> list[Path]:
     return found
 
 
+def _group_of(name: str) -> list[str]:
+    """The unit's line for the group that may read its pictures. Raises InspectorError."""
+    from edge_inspector.config import load_device  # noqa: PLC0415 - verbs load what they need
+
+    document = CONFIGURATIONS / name / "device.yaml"
+    group = load_device(document).config.storage.evidence_group if document.exists() else None
+    return [f"Group={group}"] if group is not None else []
+
+
 def _plan(name: str) -> _Plan:
     templates = resources.files("edge_inspector.cli").joinpath("templates")
     text = templates.joinpath(TEMPLATE).read_text().replace("/opt/edge-inspector/bin/edge-inspector", str(_program()))
     files = {UNITS / TEMPLATE: text}
     secrets = [f"LoadCredential={CREDENTIALS}_{path.name}:{path}" for path in _secrets(name)]
     files[UNITS / f"{_unit(name)}.d" / "credentials.conf"] = "\n".join(["[Service]", *secrets, ""])
+    files[UNITS / f"{_unit(name)}.d" / "evidence.conf"] = "\n".join(["[Service]", *_group_of(name), ""])
     if _JETSON.exists():
         files[UNITS / f"{TEMPLATE}.d" / "jetson.conf"] = templates.joinpath("jetson.conf").read_text()
     return _Plan(
@@ -242,7 +252,8 @@ def uninstall(name: NameArgument, dry_run: DryRunOption = False) -> None:
         return
     _refuse_user()
     plan.carry_out()
-    (UNITS / f"{unit}.d" / "credentials.conf").unlink(missing_ok=True)
+    for drop_in in ("credentials.conf", "evidence.conf"):
+        (UNITS / f"{unit}.d" / drop_in).unlink(missing_ok=True)
     if not others:
         (UNITS / TEMPLATE).unlink(missing_ok=True)
         (UNITS / f"{TEMPLATE}.d" / "jetson.conf").unlink(missing_ok=True)
