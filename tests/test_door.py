@@ -421,7 +421,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
-def test_without_landlock_doctor_and_check_say_so_and_pipelines_need_a_word(tmp_path: Path) -> None:
+def test_without_landlock_doctor_check_and_health_say_so_and_pipelines_need_a_word(tmp_path: Path) -> None:
     (tmp_path / "device.yaml").write_text(
         f"schema: ei.device.v1\nidentity: {{site: a, line: b, device: c}}\nbroker: {{host: 127.0.0.1, port: {free_port()}}}\n"
         "sources: {gst: {belt: videotestsrc}}\n"
@@ -431,15 +431,21 @@ def test_without_landlock_doctor_and_check_say_so_and_pipelines_need_a_word(tmp_
 
     def said(*arguments: str) -> str:
         run = subprocess.run(
-            [sys.executable, "-c", WITHOUT, "-m", "edge_inspector.cli", *arguments], capture_output=True, text=True, check=False,
+            [sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, check=False,
             env={**os.environ, "COLUMNS": "300"},
         )  # fmt: skip
         return run.stdout + run.stderr
 
-    told = said("check", "--config", str(tmp_path / "device.yaml"))
+    told = said("-m", "edge_inspector.cli", "check", "--config", str(tmp_path / "device.yaml"))
     assert "are not confined: this kernel has no Landlock" in told
     assert "add sources: {unconfined: true}" in told
-    assert "this kernel has no Landlock" in said("doctor")
+    asked_too = (
+        "import sys; from pathlib import Path; from edge_inspector import checks, config, daemon; "
+        "print(checks._landlock(), *daemon._unconfined(config.load_line(Path(sys.argv[1]))))"
+    )
+    told = said("-c", asked_too, str(tmp_path / "line.yaml"))
+    assert "Finding(thing='Landlock', ok=False, text='this kernel has no Landlock" in told
+    assert "code='cameras_unconfined'" in told
 
 
 def test_the_unit_lets_the_daemon_use_landlock() -> None:
