@@ -35,6 +35,8 @@ PORTS = {"rtsp": 554, "rtsps": 322, "http": 80, "https": 443}
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ENDPOINT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::(?P<port>[0-9]{1,5}))?")
+_NUMBER = re.compile(r"[0-9.e+-]*")
+_VALUES = {"trigger": re.compile(r"[A-Za-z]+[0-9]*"), "producer": _NAME, "fault": re.compile(r"[a-z]*")}
 _AS_IT_IS = "/?&=%:;,+!$'()*~-._[]"
 _IN_PASSWORDS = "in a user or password write / as %2F, ? as %3F, @ as %40; or give user and password_file instead"
 
@@ -175,7 +177,14 @@ def reported(uri: str) -> str:
         return uri if uri == address.told else f"{address.told}/{WITHHELD}"
     if address.scheme == "gst":
         return f"gst:{WITHHELD}" if address.told == "gst" else uri
-    return f"{address.told}?{WITHHELD}" if address.strange else uri
+    return uri if _is_plain(address) else f"{address.told}?{WITHHELD}"
+
+
+def _is_plain(address: Address) -> bool:
+    """Whether it holds nothing but a place and options that are what they should be."""
+    is_place = address.scheme != "csi" or address.place.isdigit()
+    fits = (_VALUES.get(name, _NUMBER).fullmatch(value) for name, value in address.options.items())
+    return is_place and not address.strange and all(fits)
 
 
 def told_source(source: str) -> str:

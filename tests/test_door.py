@@ -29,7 +29,7 @@ from edge_inspector.door import Door, NotListed, Sources, listing, typed
 from edge_inspector.errors import BundleError, CameraError, SchemaError
 from edge_inspector.schema import read_yaml, validate
 from edge_inspector.wiring import door_of, refusals
-from tests.line import ENGINES, free_port
+from tests.line import ENGINES, DaemonProcess, Mosquitto, device_folder, free_port, listening, until
 
 LISTED = Sources(
     folders=("recordings",), hosts=("10.0.0.5", "10.1.0.0/24", "Cam.Plant", "::1"), gst={"belt": "videotestsrc"},
@@ -153,9 +153,9 @@ def test_a_line_is_refused_whole_with_each_place(door: Door) -> None:
     assert [fault.path for fault in refusals(door, line)] == ["stations.s.cameras.a.uri", "stations.s.cameras.c.uri"]
 
 
-def _line(cameras: dict[str, Any]) -> LineConfig:
+def _line(cameras: dict[str, Any], bundle: str = "b") -> LineConfig:
     station = {"trigger": "software", "product": "p", "products": {"p": "r"}, "cameras": cameras}
-    recipe = {"cameras": {name: {"rois": {"all": {"bundle": "b"}}} for name in cameras}}
+    recipe = {"cameras": {name: {"rois": {"all": {"bundle": bundle}}} for name in cameras}}
     return parse_line({"schema": "ei.line.v1", "stations": {"s": station}, "recipes": {"r": recipe}}, "line")
 
 
@@ -187,7 +187,28 @@ def test_no_password_of_an_address_is_told(uri: str, tmp_path: Path) -> None:
             source.open()
         assert SECRET.lower() not in str(caught.value).lower()
     assert SECRET.lower() not in config.name.lower()
-    assert uri.startswith(("csi", "synthetic://?fps")) or SECRET not in addresses.reported(uri)
+    assert SECRET not in addresses.reported(uri)
+
+
+def test_no_topic_and_no_log_and_no_check_tells_a_password(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, "")
+    cameras = {f"c{number}": {"uri": uri, "timeout_ms": 200} for number, uri in enumerate(PLACES[:16])}
+    document = _line(cameras, bundle="paper").document()
+    (folder / "line.yaml").write_text(json.dumps(document))
+    with listening(mosquitto.port) as listener, DaemonProcess(folder) as daemon:
+        until(lambda: any("camera_fault" in json.dumps(health) for health in listener.of("health")), 60, "faults")
+        for version, change in ((2, "rtps://u:"), (3, "rtsp://u/x:"), (4, "gst:x y=")):
+            document["version"], document["stations"]["s"]["cameras"]["c0"]["uri"] = version, f"{change}{SECRET}@h"
+            listener.say({"by": f"v{version}", "line": document}, "config", "desired")
+        until(lambda: (listener.of("config", "reported")[-1].get("last") or {}).get("by") == "v4", what="a refusal")
+        checked = subprocess.run(
+            [sys.executable, "-m", "edge_inspector.cli", "check", "--config", str(folder / "device.yaml")],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        daemon.stop()
+    for text in (json.dumps([payload for _, payload in listener.heard]), daemon.log, checked.stdout, checked.stderr):
+        assert SECRET.lower() not in text.lower().replace(f"rtsp://{SECRET.lower()}", "")
+    assert "rtsp://***" in json.dumps(listener.of("config", "reported"))
 
 
 def test_faults_of_a_document_tell_no_address() -> None:
@@ -421,7 +442,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
-def test_without_landlock_doctor_and_check_say_so_and_pipelines_need_a_word(tmp_path: Path) -> None:
+def test_without_landlock_doctor_check_and_health_say_so_and_pipelines_need_a_word(tmp_path: Path) -> None:
     (tmp_path / "device.yaml").write_text(
         f"schema: ei.device.v1\nidentity: {{site: a, line: b, device: c}}\nbroker: {{host: 127.0.0.1, port: {free_port()}}}\n"
         "sources: {gst: {belt: videotestsrc}}\n"
@@ -431,15 +452,21 @@ def test_without_landlock_doctor_and_check_say_so_and_pipelines_need_a_word(tmp_
 
     def said(*arguments: str) -> str:
         run = subprocess.run(
-            [sys.executable, "-c", WITHOUT, "-m", "edge_inspector.cli", *arguments], capture_output=True, text=True, check=False,
+            [sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, check=False,
             env={**os.environ, "COLUMNS": "300"},
         )  # fmt: skip
         return run.stdout + run.stderr
 
-    told = said("check", "--config", str(tmp_path / "device.yaml"))
+    told = said("-m", "edge_inspector.cli", "check", "--config", str(tmp_path / "device.yaml"))
     assert "are not confined: this kernel has no Landlock" in told
     assert "add sources: {unconfined: true}" in told
-    assert "this kernel has no Landlock" in said("doctor")
+    asked_too = (
+        "import sys; from pathlib import Path; from edge_inspector import checks, config, daemon; "
+        "print(checks._landlock(), *daemon._unconfined(config.load_line(Path(sys.argv[1]))))"
+    )
+    told = said("-c", asked_too, str(tmp_path / "line.yaml"))
+    assert "Finding(thing='Landlock', ok=False, text='this kernel has no Landlock" in told
+    assert "code='cameras_unconfined'" in told
 
 
 def test_the_unit_lets_the_daemon_use_landlock() -> None:

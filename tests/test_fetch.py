@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from edge_inspector import bundles, signatures
+from edge_inspector.door import Door, Sources
 from edge_inspector.errors import BundleDamaged, BundleError, BundleUntrusted, SourceUnreachable
 from edge_inspector.remote.fetch import fetch
 from tests.line import needed
@@ -151,6 +152,23 @@ def test_where_it_comes_from_is_https_or_a_folder(served: tuple[Server, Path], t
         fetch(server.url, here, trust, untold, server.certificate)
     with pytest.raises(SourceUnreachable, match="No such file"):
         fetch(str(tmp_path / "nowhere"), here, trust, untold)
+
+
+def test_a_bundle_comes_from_what_is_listed_wherever_a_server_or_a_link_leads(
+    served: tuple[Server, Path], tmp_path: Path
+) -> None:
+    server, folder = served
+    trust, here = folder.parent / "trust", tmp_path / "here"
+    door = Door(Sources(folders=(str(folder),), hosts=("127.0.0.1",)), tmp_path)
+    fetch(server.url, here, trust, untold, server.certificate, judge=door.judge_bundle)
+    fetch(str(folder), tmp_path / "there", trust, untold, judge=door.judge_bundle)
+    server.lead = "https://localhost:1/elsewhere"
+    with pytest.raises(BundleError, match=r"localhost: its host is not listed; add sources: {hosts: \[localhost\]}"):
+        fetch(server.url, tmp_path / "led", trust, untold, server.certificate, judge=door.judge_bundle)
+    (folder / "manifest.json").rename(tmp_path / "manifest.json")
+    (folder / "manifest.json").symlink_to(tmp_path / "manifest.json")
+    with pytest.raises(BundleError, match="leads out of the listed folders"):
+        fetch(str(folder), tmp_path / "linked", trust, untold, judge=door.judge_bundle)
 
 
 def test_a_disk_without_room_is_told_before_it_is_full(small_disk: Path, tmp_path: Path) -> None:

@@ -48,13 +48,17 @@ def test_every_command_exists_with_its_options(page: Path) -> None:
 def test_the_documents_examples_are_valid(tmp_path: Path) -> None:
     """README's wires, and all that `init` leaves commented out of device.yaml and line.yaml."""
     found = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(found) == 1
+    assert len(found) == 2
+    (tmp_path / "device.yaml").write_text(
+        (ROOT / "edge_inspector" / "cli" / "templates" / "device.yaml").read_text() + found[0]
+    )
+    assert load_device(tmp_path / "device.yaml").config.sources.hosts[1] == "10.1.0.0/24"
     device = (ROOT / "edge_inspector" / "cli" / "templates" / "device.yaml").read_text()
     (tmp_path / "device.yaml").write_text(
         re.sub(r"^(\s*)# (?=[a-z_ ]+: |  )", r"\1", device.split("# outputs:")[0], flags=re.MULTILINE)
     )
     load_device(tmp_path / "device.yaml")
-    (tmp_path / "device.yaml").write_text(device + found[0])
+    (tmp_path / "device.yaml").write_text(device + found[1])
     assert set(load_device(tmp_path / "device.yaml").config.outputs) == {"press-1"}
     commented = "outputs:" + re.sub(r"^# ", "", device.split("# outputs:")[1], flags=re.MULTILINE)
     (tmp_path / "device.yaml").write_text(device + commented)

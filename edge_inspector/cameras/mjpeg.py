@@ -49,7 +49,7 @@ class MjpegSource:
         try:
             found = _opener(admitted).open(admitted.address.url(), timeout=timeout_s)
             self._response = cast("http.client.HTTPResponse", found)
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
             raise CameraError(f"{self.config.name}: cannot be opened: {_reason(error)}", hint=_HINT) from error
         kind = self._response.headers
         boundary = kind.get_param("boundary")

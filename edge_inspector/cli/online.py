@@ -97,7 +97,10 @@ def check(
 
 
 def cameras(as_json: JsonOption = False) -> None:
-    """List the cameras that answer on every stack (V4L2, libaravis, pylon, GenTL). Their URIs go into line.yaml."""
+    """List the cameras that answer on every stack (V4L2, libaravis, pylon, GenTL). Their URIs go into line.yaml.
+
+    A GenTL camera's producer goes into device.yaml, under sources.gentl: line.yaml then says ?producer=NAME.
+    """
     from edge_inspector.cameras.sources import search  # noqa: PLC0415
 
     listed, missing = search()

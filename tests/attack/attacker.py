@@ -227,9 +227,9 @@ def main() -> None:
     try:
         with listening(broker.port) as listener:
             attack = Attack(listener)
-            until(lambda: set(_states(listener).values()) == {"streaming"}, 60, "the line's own cameras")
+            until(lambda: set(_states(listener).values()) == {"streaming"}, 180, "the line's own cameras")
             attack.send({name: {"top": camera} for name, camera in admissible().items()})
-            states = until(lambda: _tried(listener), 60, "every listed camera tried")
+            states = until(lambda: _tried(listener), 180, "every listed camera tried")
             attack.settle()
             documents = [{"a": {"uri": uri}} for uri in demonstrated(world)] + generated(world, count, number)
             for start in range(0, len(documents), BATCH):
