@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
+from types import TracebackType
 
 from edge_inspector import health, messages, systemd
 from edge_inspector.broker import ALERT_EXPIRES_S, Broker
@@ -35,6 +36,7 @@ from edge_inspector.remote.orders import Authority
 from edge_inspector.runtime import Pool
 from edge_inspector.setting import Setting
 from edge_inspector.station import Station
+from edge_inspector.threads import Thread
 from edge_inspector.updates import Updates
 from edge_inspector.wiring import Setup, connection_of, inspectors_of, topics_of
 
@@ -45,6 +47,8 @@ PATIENCE_S = 5.0
 HEALTH_EVERY_S = 10.0
 """Health is published when its reasons change, and this often for its counters."""
 _LOOK_S = 0.5
+_STEP_S = 10.0
+"""A step of updates that takes longer is told; at the end it is not waited for any longer."""
 _APART_S = 10.0
 """One connection to the broker may stand so much earlier than the other: their attempts are up to 7.5 s apart."""
 
@@ -242,17 +246,19 @@ class _Line:
 @contextmanager
 def _alone(device: Device) -> Iterator[None]:
     """Hold the state folder's lock. Raises InspectorError while another daemon holds it."""
-    try:
-        device.state.mkdir(parents=True, exist_ok=True)
-        with (device.state / "lock").open("w") as lock:
+    with ExitStack() as stack:
+        try:
+            device.state.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((device.state / "lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-    except BlockingIOError as error:
-        raise InspectorError(
-            f"{device.state}: another edge-inspector runs on this state folder", hint="stop it first: systemctl status"
-        ) from error
-    except OSError as error:
-        raise InspectorError(f"{device.state}: {error.strerror}", hint="check the state folder's permissions") from error
+        except BlockingIOError as error:
+            raise InspectorError(
+                f"{device.state}: another edge-inspector runs on this state folder", hint="stop it first: systemctl status"
+            ) from error
+        except OSError as error:
+            hint = "check the state folder's permissions"
+            raise InspectorError(f"{device.state}: {error.strerror}", hint=hint) from error
+        yield
 
 
 def run(
@@ -307,16 +313,85 @@ def _pools() -> Iterator[dict[str, Pool]]:
             pool.close()
 
 
+class _Updating:
+    """Looks after remote orders beside the line: their slow file work keeps no heartbeat waiting."""
+
+    def __init__(self, updates: Updates, current: _Line, reload: threading.Event) -> None:
+        """Works between `__enter__` and `__exit__`, one step for each `look`."""
+        self.failure: Exception | None = None
+        self._updates, self._current, self._reload = updates, current, reload
+        self._failures: set[str] = set()
+        self._due, self._closing = threading.Event(), threading.Event()
+        self._began_s: float | None = None
+        self._thread = Thread(target=self._run, name="updates", daemon=True)
+
+    def __enter__(self) -> _Updating:
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """End; a step that hangs is not waited for."""
+        self._closing.set()
+        self._due.set()
+        end = time.monotonic() + _STEP_S
+        while self._thread.is_alive() and time.monotonic() < end:
+            self._current.watchdog.ping()
+            self._thread.join(_LOOK_S)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the line must be made anew, or `failure` says why updates have ended."""
+        return not self._thread.is_alive()
+
+    def raise_failure(self) -> None:
+        """Raise what has ended updates."""
+        if self.failure is not None:
+            raise self.failure
+
+    def look(self, failures: set[str]) -> None:
+        """Make a step, knowing what fails now."""
+        self._failures = failures
+        self._due.set()
+
+    def causes(self) -> list[Cause]:
+        """What people should know of updates."""
+        causes, began_s = self._updates.causes(), self._began_s
+        if began_s is not None and time.monotonic() - began_s > _STEP_S:
+            text = f"remote orders wait for {self._current.device.state}: its disk does not answer"
+            causes.append(Cause(code="updates_hang", severity="failure", thing="device", text=text))
+        return causes
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._due.wait()
+                self._due.clear()
+                self._began_s = time.monotonic()
+                if not self._closing.is_set() and self._step():
+                    return
+                self._began_s = None
+        except Exception as error:
+            log.exception("remote orders")
+            self.failure = error
+
+    def _step(self) -> bool:
+        if self._reload.is_set():
+            self._reload.clear()
+            if self._updates.read_file():
+                return True
+        return self._updates.step(self._current, self._failures)
+
+
 def _serve(current: _Line, updates: Updates, stop: threading.Event, reload: threading.Event, *, until_ended: bool) -> bool:
     """Look after a line until it ends; returns whether to go on with another configuration."""
-    while not stop.wait(_LOOK_S):
-        failures = current.look(updates.causes())
-        if until_ended and all(station.ended.is_set() for station in current.stations.values()):
-            return False
-        if reload.is_set():
-            reload.clear()
-            if updates.read_file():
+    with _Updating(updates, current, reload) as updating:
+        while not stop.wait(_LOOK_S):
+            failures = current.look(updating.causes())
+            if until_ended and all(station.ended.is_set() for station in current.stations.values()):
+                return False
+            if updating.is_over:
+                updating.raise_failure()
                 return True
-        if updates.step(current, failures):
-            return True
+            updating.look(failures)
     return False

@@ -22,7 +22,7 @@ LINES = [
     {"setting"},
     {"recorder"},
     {"training", "wiring", "remote"},
-    {"shadow", "replay"},
+    {"shadow", "replay", "attempts"},
     {"station"},
     {"updates"},
     {"daemon"},
