@@ -16,6 +16,8 @@ from functools import partial
 from importlib.metadata import version
 from types import TracebackType
 
+from pydantic import BaseModel
+
 from edge_inspector import health, messages, systemd
 from edge_inspector.broker import ALERT_EXPIRES_S, Broker
 from edge_inspector.cameras import Camera, open_source
@@ -25,7 +27,7 @@ from edge_inspector.evidence import EvidenceStore
 from edge_inspector.frames import utc_now
 from edge_inspector.handshake import Handshake
 from edge_inspector.inspector import Inspectors
-from edge_inspector.messages import Alert, CameraFacts, Cause, HealthMessage, StateMessage
+from edge_inspector.messages import Alert, CameraFacts, Cause, HealthMessage, Ready, StateMessage
 from edge_inspector.metrics import Metrics, Reading
 from edge_inspector.mqtt import Will
 from edge_inspector.outbox import Outbox
@@ -96,6 +98,8 @@ class _Line:
         self.watchdog = systemd.Watchdog(PATIENCE_S)
         self._clock = health.clock()
         self._told: object = None
+        self._ready: set[str] = set()
+        """Stations that are, as was logged."""
         self._health: HealthMessage | None = None
         self._told_s = 0.0
         self._together_s = time.monotonic()
@@ -135,7 +139,7 @@ class _Line:
         stack.callback(self.broker.retain, offline, "state")
         self.broker.retain(self._state, "state")
         for station in self.stations.values():
-            station.voice = Voice(self.handshake.verdict, self.broker.retain)
+            station.voice = Voice(self.handshake.verdict, self._retain)
             station.announce()
             stack.enter_context(station)
         for station in self.stations.values():
@@ -145,6 +149,21 @@ class _Line:
                 log.warning(
                     "outputs %s: verdicts may take longer than the delay of line %d: their part has passed", name, pulse.line
                 )
+
+    def _retain(self, message: BaseModel, *levels: str) -> None:
+        """Tell what a station says, and log when it becomes ready, or no longer is."""
+        if isinstance(message, Ready):
+            self._log_ready(levels[-1], message)
+        self.broker.retain(message, *levels)
+
+    def _log_ready(self, station: str, told: Ready) -> None:
+        is_ready = told.ready or told.busy
+        if is_ready and station not in self._ready:
+            self._ready.add(station)
+            log.info("ready: %s", station)
+        elif not is_ready and station in self._ready:
+            self._ready.discard(station)
+            log.info("no longer ready: %s: %s", station, told.reason)
 
     def _setting(self, name: str, config: StationConfig) -> Setting:
         return Setting(

@@ -303,9 +303,10 @@ def _fetched(place: _Place, source: str, folder: Path, trust: Path, watch: _Watc
 
 def _pieces(place: _Place, name: str, offset: int, watch: _Watch) -> Iterator[tuple[int, bytes]]:
     """What comes of a file, and where it belongs; empty pieces: it begins there. Raises OSError."""
-    with watch.waiting():
-        file, offset = place.open(name, offset)
-    with closing(file):
+    with ExitStack() as opened:
+        with watch.waiting():
+            file, offset = place.open(name, offset)
+            opened.callback(file.close)
         yield offset, b""
         while True:
             with watch.waiting():
