@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
+from types import TracebackType
+
+from pydantic import BaseModel
 
 from edge_inspector import confinement, health, messages, systemd
 from edge_inspector.access import EVIDENCE, access_of, private
@@ -38,6 +41,7 @@ from edge_inspector.runtime import Pool
 from edge_inspector.setting import Setting
 from edge_inspector.standing import Orders
 from edge_inspector.station import Station
+from edge_inspector.threads import Thread
 from edge_inspector.updates import Updates
 from edge_inspector.wiring import (
     Setup,
@@ -57,6 +61,8 @@ PATIENCE_S = 5.0
 HEALTH_EVERY_S = 10.0
 """Health is published when its reasons change, and this often for its counters."""
 _LOOK_S = 0.5
+_STEP_S = 10.0
+"""A step of updates that takes longer is told; at the end it is not waited for any longer."""
 _APART_S = 10.0
 """One connection to the broker may stand so much earlier than the other: their attempts are up to 7.5 s apart."""
 
@@ -109,6 +115,8 @@ class _Line:
         self.watchdog = systemd.Watchdog(PATIENCE_S)
         self._clock = health.clock()
         self._told: object = None
+        self._ready: set[str] = set()
+        """Stations that are, as was logged."""
         self._health: HealthMessage | None = None
         self._told_s = 0.0
         self._together_s = time.monotonic()
@@ -154,7 +162,7 @@ class _Line:
         stack.callback(self.broker.retain, offline, "state")
         self.broker.retain(self._state, "state")
         for station in self.stations.values():
-            station.voice = Voice(self.handshake.verdict, self.broker.retain)
+            station.voice = Voice(self.handshake.verdict, self._retain)
             station.announce()
             stack.enter_context(station)
         for station in self.stations.values():
@@ -181,6 +189,21 @@ class _Line:
         needs_triggers = config.trigger == "software" or (config.trigger == "hardware" and config.hardware.announced)
         deafness = self._heard.deafness
         return f"triggers are not heard: {deafness}" if needs_triggers and deafness else ""
+
+    def _retain(self, message: BaseModel, *levels: str) -> None:
+        """Tell what a station says, and log when it becomes ready, or no longer is."""
+        if isinstance(message, Ready):
+            self._log_ready(levels[-1], message)
+        self.broker.retain(message, *levels)
+
+    def _log_ready(self, station: str, told: Ready) -> None:
+        is_ready = told.ready or told.busy
+        if is_ready and station not in self._ready:
+            self._ready.add(station)
+            log.info("ready: %s", station)
+        elif not is_ready and station in self._ready:
+            self._ready.discard(station)
+            log.info("no longer ready: %s: %s", station, told.reason)
 
     def _setting(self, name: str, config: StationConfig) -> Setting:
         return Setting(
@@ -307,17 +330,19 @@ def _unconfined(line: LineConfig) -> Iterator[Cause]:
 @contextmanager
 def _alone(device: Device) -> Iterator[None]:
     """Hold the state folder's lock. Raises InspectorError while another daemon holds it."""
-    try:
-        device.state.mkdir(parents=True, exist_ok=True)
-        with (device.state / "lock").open("w") as lock:
+    with ExitStack() as stack:
+        try:
+            device.state.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((device.state / "lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-    except BlockingIOError as error:
-        raise InspectorError(
-            f"{device.state}: another edge-inspector runs on this state folder", hint="stop it first: systemctl status"
-        ) from error
-    except OSError as error:
-        raise InspectorError(f"{device.state}: {error.strerror}", hint="check the state folder's permissions") from error
+        except BlockingIOError as error:
+            raise InspectorError(
+                f"{device.state}: another edge-inspector runs on this state folder", hint="stop it first: systemctl status"
+            ) from error
+        except OSError as error:
+            hint = "check the state folder's permissions"
+            raise InspectorError(f"{device.state}: {error.strerror}", hint=hint) from error
+        yield
 
 
 def run(
@@ -371,16 +396,85 @@ def _pools() -> Iterator[dict[str, Pool]]:
             pool.close()
 
 
+class _Updating:
+    """Looks after remote orders beside the line: their slow file work keeps no heartbeat waiting."""
+
+    def __init__(self, updates: Updates, current: _Line, reload: threading.Event) -> None:
+        """Works between `__enter__` and `__exit__`, one step for each `look`."""
+        self.failure: Exception | None = None
+        self._updates, self._current, self._reload = updates, current, reload
+        self._failures: set[str] = set()
+        self._due, self._closing = threading.Event(), threading.Event()
+        self._began_s: float | None = None
+        self._thread = Thread(target=self._run, name="updates", daemon=True)
+
+    def __enter__(self) -> _Updating:
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """End; a step that hangs is not waited for."""
+        self._closing.set()
+        self._due.set()
+        end = time.monotonic() + _STEP_S
+        while self._thread.is_alive() and time.monotonic() < end:
+            self._current.watchdog.ping()
+            self._thread.join(_LOOK_S)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the line must be made anew, or `failure` says why updates have ended."""
+        return not self._thread.is_alive()
+
+    def raise_failure(self) -> None:
+        """Raise what has ended updates."""
+        if self.failure is not None:
+            raise self.failure
+
+    def look(self, failures: set[str]) -> None:
+        """Make a step, knowing what fails now."""
+        self._failures = failures
+        self._due.set()
+
+    def causes(self) -> list[Cause]:
+        """What people should know of updates."""
+        causes, began_s = self._updates.causes(), self._began_s
+        if began_s is not None and time.monotonic() - began_s > _STEP_S:
+            text = f"remote orders wait for {self._current.device.state}: its disk does not answer"
+            causes.append(Cause(code="updates_hang", severity="failure", thing="device", text=text))
+        return causes
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._due.wait()
+                self._due.clear()
+                self._began_s = time.monotonic()
+                if not self._closing.is_set() and self._step():
+                    return
+                self._began_s = None
+        except Exception as error:
+            log.exception("remote orders")
+            self.failure = error
+
+    def _step(self) -> bool:
+        if self._reload.is_set():
+            self._reload.clear()
+            if self._updates.read_file():
+                return True
+        return self._updates.step(self._current, self._failures)
+
+
 def _serve(current: _Line, updates: Updates, stop: threading.Event, reload: threading.Event, *, until_ended: bool) -> bool:
     """Look after a line until it ends; returns whether to go on with another configuration."""
-    while not stop.wait(_LOOK_S):
-        failures = current.look(updates.causes())
-        if until_ended and all(station.ended.is_set() for station in current.stations.values()):
-            return False
-        if reload.is_set():
-            reload.clear()
-            if updates.read_file():
+    with _Updating(updates, current, reload) as updating:
+        while not stop.wait(_LOOK_S):
+            failures = current.look(updating.causes())
+            if until_ended and all(station.ended.is_set() for station in current.stations.values()):
+                return False
+            if updating.is_over:
+                updating.raise_failure()
                 return True
-        if updates.step(current, failures):
-            return True
+            updating.look(failures)
     return False

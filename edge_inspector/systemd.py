@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 
+log = logging.getLogger(__name__)
+
 JOURNAL = "/run/systemd/journal/socket"
 FIELDS = ("station", "trigger_id", "part_id", "verdict", "seq")
 """What a log record may carry beside its text (`extra=`); in the journal EI_STATION and so on."""
@@ -20,15 +22,29 @@ TICK_S = 1.0
 """Every critical loop calls its tick at least this often."""
 
 
+_unheard: set[str] = set()
+"""Notify sockets that are gone, as was logged."""
+
+
 def notify(message: str, environment: dict[str, str] | os._Environ[str] = os.environ) -> bool:
-    """Send one message to the notify socket; returns whether there is one: elsewhere than under systemd there is none."""
+    """Send one message to the notify socket; returns whether somebody hears it: elsewhere than under systemd nobody does.
+
+    Never waits for long and never raises: a lost status line must not end the line.
+    """
     address = environment.get("NOTIFY_SOCKET", "")
     if not address:
         return False
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.sendto(message.encode(), address)
+    place = "\0" + address[1:] if address.startswith("@") else address
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.settimeout(TICK_S)
+            sender.sendto(message.encode(), place)
+    except OSError as error:
+        if address not in _unheard:
+            log.warning("systemd does not hear us at %s: %s", address, error.strerror or error)
+        _unheard.add(address)
+        return False
+    _unheard.discard(address)
     return True
 
 

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from edge_inspector import health
+from edge_inspector.attempts import Attempt, Preparation
 from edge_inspector.broker import Broker
 from edge_inspector.cameras import CameraState
 from edge_inspector.config import Device, LineConfig
@@ -23,18 +24,22 @@ from edge_inspector.messages import Cause, PhaseFacts
 from edge_inspector.mqtt import Message
 from edge_inspector.remote.authority import Authority
 from edge_inspector.remote.configuration import Candidate, Configuration
+from edge_inspector.remote.fetch import PATIENCE
 from edge_inspector.remote.rollout import RATE_PARTS, Rollout, Wanted
 from edge_inspector.runtime import Engine, Pool
 from edge_inspector.shadow import Comparison, Shadow
 from edge_inspector.station import Station
-from edge_inspector.threads import Thread
 from edge_inspector.wiring import Setup, door_of, inspectors_of
 
 log = logging.getLogger(__name__)
 
+ABANDONED = 4
+"""Attempts that nobody waits for any more, and that have not ended: with more nothing new is begun."""
 _TIMED = 5
 _ORDERS = 16
 """Taken at a time: the thread that takes them has to look after the line, too."""
+_TIMEOUT_S = 120.0
+"""A fetch may end so much later than its deadline."""
 
 
 class RunningLine(Protocol):
@@ -50,35 +55,8 @@ class RunningLine(Protocol):
         ...
 
 
-class Preparation:
-    """Opens everything that a wanted setup judges with, in a thread of its own, beside what runs."""
-
-    def __init__(self, what: Candidate | Wanted, setup: Setup, work: Callable[[], dict[str, Inspectors]]) -> None:
-        """Begins at once. `setup`: what would be in force with it."""
-        self.what, self.setup = what, setup
-        self.error: InspectorError | None = None
-        self.inspectors: dict[str, Inspectors] = {}
-        self._work = work
-        self._thread = Thread(target=self._run, name="preparing", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether `error` or `inspectors` say how it ended."""
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        try:
-            self.inspectors = self._work()
-        except InspectorError as error:
-            self.error = error
-        except Exception as error:
-            log.exception("preparing an update")
-            self.error = InspectorError(f"{type(error).__name__}: {error}")
-
-
 class Updates:
-    """Takes orders and puts them in force; outlives the lines it changes. Used from the daemon's main thread."""
+    """Takes orders and puts them in force; outlives the lines it changes. Used from one thread at a time, but for `causes`."""
 
     def __init__(
         self, device: Device, configuration: Configuration, authority: Authority, pools: dict[str, Pool], stop: threading.Event
@@ -87,7 +65,12 @@ class Updates:
         self._device, self._configuration, self._authority = device, configuration, authority
         self._pools, self._stop = pools, stop
         self._rollouts: dict[str, Rollout] = {}
+        self._fetches: dict[str, Attempt[None]] = {}
+        """By bundle. What is fetched holds nobody up: it touches nothing that runs."""
+        self._fetched: dict[str, Wanted] = {}
+        """Releases that are here and verified, by bundle."""
         self._preparation: Preparation | None = None
+        self._abandoned: list[Attempt[Any]] = []
         self._comparison: Comparison | None = None
         self._ready: dict[object, Mapping[str, Inspectors]] = {}
         """What judges, by its setup: of the one in force, one that is tried, and the one that a rollback leads to."""
@@ -111,7 +94,7 @@ class Updates:
 
     def causes(self) -> list[Cause]:
         """What people should know of updates."""
-        told = [cause for rollout in self._rollouts.values() for cause in rollout.trials.causes()]
+        told = [cause for rollout in list(self._rollouts.values()) for cause in rollout.trials.causes()]
         return [*self._refused, *self._configuration.causes(), *told, *_open_to_all(self._device)]
 
     def failed(self, error: InspectorError) -> bool:
@@ -208,12 +191,22 @@ class Updates:
             current.broker.refuse("", InspectorError(f"{order.topic}: no station judges with it; bundles here: {known}"))
 
     def _busy(self, me: Configuration | Rollout | None) -> str:
-        """One thing at a time: what fails is then known to be its fault."""
+        """One thing is tried at a time: what fails is then known to be its fault."""
         others: list[Configuration | Rollout] = [self._configuration, *self._rollouts.values()]
         for other in others:
-            if other is not me and (other.candidate is not None or other.trials.trial is not None):
+            if other is not me and self._is_tried(other):
                 return f"{other.trials.what} is being tried: confirm or cancel that first"
+        if len(self._abandoned) > ABANDONED:
+            return f"{len(self._abandoned)} earlier attempts hang: restart the daemon, and look at its disks"
         return ""
+
+    def _is_tried(self, one: Configuration | Rollout) -> bool:
+        """Whether it could make something fail, which what is only being fetched cannot."""
+        if one.trials.trial is not None or isinstance(one.candidate, Candidate):
+            return True
+        tried = [attempt.what for attempt in (self._preparation,) if attempt is not None]
+        tried += [comparison.wanted for comparison in (self._comparison,) if comparison is not None]
+        return any(one.candidate is what for what in tried)
 
     def _rollout(self, name: str) -> Rollout:
         if name not in self._rollouts:
@@ -227,25 +220,72 @@ class Updates:
     # --- what is wanted, tried beside
 
     def _prepare(self, current: RunningLine) -> None:
+        ended = [attempt for attempt in self._abandoned if attempt.is_over]
+        if ended:  # what they left behind goes, too
+            self._abandoned = [one for one in self._abandoned if one not in ended]
+            self._unswept = True
+        for rollout in list(self._rollouts.values()):
+            self._fetch(rollout)
         done = self._preparation
         if done is None:
             self._begin(current)
-        elif done.is_over:
+        elif done.is_over or done.hangs or not self._is_wanted_still(done.what):
             self._preparation, self._unswept = None, True
+            self._left(done)
             self._prepared(current, done)
+
+    def _is_wanted_still(self, what: Candidate | Wanted) -> bool:
+        if isinstance(what, Candidate):
+            return self._configuration.candidate is what
+        return self._rollout(what.order.bundle).candidate is what
+
+    def _left(self, attempt: Attempt[Any]) -> None:
+        """Wait no longer for what has not ended: one order never holds up another."""
+        if not attempt.is_over:
+            attempt.error = InspectorError("it did not end in time: something hangs", hint="see the log")
+            self._abandoned.append(attempt)
+
+    def _fetch(self, rollout: Rollout) -> None:
+        """Bring a release here, beside everything else."""
+        wanted, name, fetch = rollout.candidate, rollout.name, self._fetches.get(rollout.name)
+        if fetch is not None and (fetch.is_over or fetch.hangs or fetch.what is not wanted):
+            del self._fetches[name]
+            self._left(fetch)
+            self._arrived(rollout, fetch)
+            return
+        if fetch is not None or wanted is None or self._fetched.get(name) is wanted:
+            return
+        if not any(isinstance(o.what, Wanted) and o.what.folder == wanted.folder for o in self._abandoned):
+            work = partial(self._brought, rollout, wanted)
+            self._fetches[name] = Attempt(wanted, work, PATIENCE.total_s + _TIMEOUT_S)
+
+    def _arrived(self, rollout: Rollout, fetch: Attempt[None]) -> None:
+        if rollout.candidate is not fetch.what or not isinstance(fetch.what, Wanted):
+            return  # cancelled meanwhile
+        if fetch.error is None:
+            self._fetched[rollout.name] = fetch.what
+        else:
+            self._unswept = True
+            rollout.prepared(fetch.what, fetch.error)
 
     def _begin(self, current: RunningLine) -> None:
         candidate = self._configuration.candidate
         if candidate is not None:
             setup = self._setup(candidate.line)
-            self._preparation = Preparation(candidate, setup, partial(self._opened, setup, self._tell_stop))
+            tell = partial(self._tell_stop, candidate)
+            self._preparation = Preparation(candidate, setup, partial(self._opened, setup, tell))
             return
         for rollout in self._rollouts.values():
             wanted = rollout.candidate
-            if wanted is not None and self._comparison is None:
-                setup = current.setup.with_release(rollout.name, wanted.folder)
-                self._preparation = Preparation(wanted, setup, partial(self._rolled_out, rollout, wanted, setup))
-                return
+            if wanted is None or self._fetched.get(rollout.name) is not wanted or self._comparison is not None:
+                continue
+            busy = self._busy(rollout)
+            if busy:
+                rollout.wait(busy)
+                continue
+            setup = current.setup.with_release(rollout.name, wanted.folder)
+            self._preparation = Preparation(wanted, setup, partial(self._rolled_out, rollout, wanted, setup))
+            return
 
     def _opened(self, setup: Setup, tell: Callable[[str, int, int], None]) -> dict[str, Inspectors]:
         """What each station would judge with; in the thread that prepares."""
@@ -258,15 +298,18 @@ class Updates:
                 raise InspectorError(f"station {name}: {error.message}", hint=error.hint) from error
         return made
 
+    def _brought(self, rollout: Rollout, wanted: Wanted) -> None:
+        """A release fetched and verified; in a thread of its own."""
+        rollout.fetched(wanted, partial(self._tell, rollout, wanted), clock_ok=health.clock().ok)
+
+    def _tell(self, rollout: Rollout, wanted: Wanted, phase: str, done: int, total: int) -> None:
+        if self._stop.is_set() or rollout.candidate is not wanted:
+            raise InspectorError("ended while it was tried")
+        rollout.phase = PhaseFacts(name=phase, done=done, total=total)
+
     def _rolled_out(self, rollout: Rollout, wanted: Wanted, setup: Setup) -> dict[str, Inspectors]:
-        """A release fetched, verified, built, its samples judged and timed; in the thread that prepares."""
-
-        def tell(phase: str, done: int, total: int) -> None:
-            if self._stop.is_set() or rollout.candidate is not wanted:
-                raise InspectorError("ended while it was tried")
-            rollout.phase = PhaseFacts(name=phase, done=done, total=total)
-
-        rollout.fetched(wanted, tell, clock_ok=health.clock().ok)
+        """A release that is here: built, its samples judged and timed; in the thread that prepares."""
+        tell = partial(self._tell, rollout, wanted)
         tell("build", 0, 1)
         made = self._opened(setup, tell)
         tell("samples", 1, 1)
@@ -275,14 +318,15 @@ class Updates:
                 _refuse_late(made[name].engines[rollout.name], name, station.expires_ms)
         return made
 
-    def _tell_stop(self, phase: str, step: int, steps: int) -> None:
-        if self._stop.is_set():
+    def _tell_stop(self, candidate: Candidate, phase: str, step: int, steps: int) -> None:
+        if self._stop.is_set() or self._configuration.candidate is not candidate:
             raise InspectorError(f"stopped during {phase}, {step} of {steps}")
 
     def _prepared(self, current: RunningLine, done: Preparation) -> None:
-        self._ready[done.setup.key] = done.inspectors
+        if done.made is not None:
+            self._ready[done.setup.key] = done.made
         if isinstance(done.what, Candidate):
-            broken = {name: made.promise for name, made in done.inspectors.items() if made.promise}
+            broken = {name: made.promise for name, made in (done.made or {}).items() if made.promise}
             promise = "; ".join(f"station {name}: {why}" for name, why in broken.items())
             self._configuration.prepared(done.what, done.error, promise)
             return
@@ -297,7 +341,7 @@ class Updates:
         if not done.what.order.shadow_parts:
             rollout.prepared(done.what, None)
             return
-        judging = {name: made for name, made in done.inspectors.items() if rollout.name in made.engines}
+        judging = {name: made for name, made in (done.made or {}).items() if rollout.name in made.engines}
         shadows = {name: Shadow(made, current.evidence) for name, made in judging.items()}
         for name, shadow in shadows.items():
             current.stations[name].shadow = shadow
@@ -327,15 +371,15 @@ class Updates:
         self._configuration.trials.tick(failures, connected=connected, starting=starting)
         for rollout in self._rollouts.values():
             order = rollout.order
-            if order is None:
-                continue
             passed, failed = self._judged(current, rollout.name)
-            parts = passed + failed
-            if parts >= RATE_PARTS and failed > order.max_fails * parts:
-                failures = failures | {f"{failed} of {parts} parts fail"}
-            rollout.trials.tick(failures, connected=connected, starting=starting)
+            parts, own = passed + failed, set[str]()
+            if order is not None and parts >= RATE_PARTS and failed > order.max_fails * parts:
+                own = {f"{failed} of {parts} parts fail"}
+            rollout.trials.tick(failures | own, connected=connected, starting=starting)
             trial = rollout.trials.trial
-            if trial is not None and order.confirm_parts and parts >= order.confirm_parts and rollout.trials.is_sound:
+            if order is None or trial is None:
+                continue
+            if order.confirm_parts and parts >= order.confirm_parts and rollout.trials.is_sound:
                 with suppress(InspectorError):  # no room to write it down: again at the next look
                     rollout.trials.commit("device", trial, f"by itself, after {parts} parts of which {failed} failed")
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import http.server
+import os
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,24 +18,82 @@ import pytest
 
 from edge_inspector import bundles, signatures
 from edge_inspector.door import Door, Sources
-from edge_inspector.errors import BundleDamaged, BundleError, BundleUntrusted, SourceUnreachable
-from edge_inspector.remote.fetch import fetch
+from edge_inspector.errors import BundleDamaged, BundleError, BundleUntrusted, InspectorError, SourceUnreachable
+from edge_inspector.remote.fetch import Patience, fetch
 from tests.line import needed
 from tests.tiny import tiny_bundle
+
+
+def certificate(place: Path) -> Path:
+    needed(shutil.which("openssl"), "apt install openssl")
+    made = place / "server.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(place / "server.key"), "-out",
+         str(made), "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return made
+
+
+class Dripping:
+    """A server that gives a byte every now and then, for ever: from its TLS on, in its headers, or in its answer."""
+
+    def __init__(self, place: Path, stage: str, every_s: float = 0.2) -> None:
+        self.certificate, self._stage, self._every_s = certificate(place), stage, every_s
+        self._key = place / "server.key"
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"https://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._open = list[socket.socket]()
+        self._over = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                line, _ = self._listener.accept()
+            except OSError:
+                return
+            self._open.append(line)
+            threading.Thread(target=self._serve, args=(line,), daemon=True).start()
+
+    def _serve(self, line: socket.socket) -> None:
+        try:
+            if self._stage != "tls":
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(self.certificate, self._key)
+                line = context.wrap_socket(line, server_side=True)
+                self._open.append(line)
+                line.recv(4096)
+                line.sendall(b"HTTP/1.1 200 OK\r\nX-Long: ")
+            if self._stage == "answer":
+                line.sendall(b"x\r\nContent-Length: 1000000\r\n\r\n")
+            bytes_ = b"\x16\x03\x03\x40\x00" if self._stage == "tls" else b""  # a record of 16 KB begins
+            while not self._over.wait(self._every_s):
+                line.sendall(bytes_[:1] or b" ")
+                bytes_ = bytes_[1:]
+        except OSError:
+            return  # the other side has had enough
+
+    def close(self) -> None:
+        self._over.set()
+        for line in (self._listener, *self._open):
+            line.close()
+
+
+@pytest.fixture(params=["tls", "headers", "answer"])
+def dripping(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Dripping]:
+    server = Dripping(tmp_path, request.param)
+    yield server
+    server.close()
 
 
 class Server:
     """Serves a folder; `cut` ends each answer after so many bytes, `lead` sends the client elsewhere."""
 
     def __init__(self, folder: Path, place: Path) -> None:
-        needed(shutil.which("openssl"), "apt install openssl")
-        self.certificate = place / "server.pem"
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(place / "server.key"), "-out",
-             str(self.certificate), "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
-            check=True, capture_output=True,
-        )  # fmt: skip
+        self.certificate = certificate(place)
         self.cut: int | None = None
+        self.pause_s = 0.0
         self.lead = ""
         self.asked: list[tuple[str, int]] = []
         """Files, and from which byte on."""
@@ -42,6 +103,7 @@ class Server:
             def do_GET(self) -> None:
                 begin = int(m.group(1)) if (m := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
                 outer.asked.append((self.path[1:], begin))
+                time.sleep(outer.pause_s)
                 if outer.lead:
                     self.send_response(302)
                     self.send_header("Location", outer.lead)
@@ -162,13 +224,49 @@ def test_a_bundle_comes_from_what_is_listed_wherever_a_server_or_a_link_leads(
     door = Door(Sources(folders=(str(folder),), hosts=("127.0.0.1",)), tmp_path)
     fetch(server.url, here, trust, untold, server.certificate, judge=door.judge_bundle)
     fetch(str(folder), tmp_path / "there", trust, untold, judge=door.judge_bundle)
-    server.lead = "https://localhost:1/elsewhere"
-    with pytest.raises(BundleError, match=r"localhost: its host is not listed; add sources: {hosts: \[localhost\]}"):
-        fetch(server.url, tmp_path / "led", trust, untold, server.certificate, judge=door.judge_bundle)
     (folder / "manifest.json").rename(tmp_path / "manifest.json")
     (folder / "manifest.json").symlink_to(tmp_path / "manifest.json")
     with pytest.raises(BundleError, match="leads out of the listed folders"):
         fetch(str(folder), tmp_path / "linked", trust, untold, judge=door.judge_bundle)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_source_that_gives_too_little_or_takes_too_long_is_left_and_cancel_ends_it_at_once(
+    dripping: Dripping, tmp_path: Path
+) -> None:
+    where = (dripping.url, tmp_path / "here", tmp_path / "trust")
+    slow = Patience(least_bytes_s=1000, window_s=1.0)
+    for patience, words in ((slow, "bytes a second, at least 1000 are needed"), (Patience(total_s=1.5), "did not come within")):
+        began = time.monotonic()
+        with pytest.raises(SourceUnreachable, match=words):
+            fetch(*where, untold, dripping.certificate, patience=patience)
+        assert time.monotonic() - began < 8
+    began = time.monotonic()
+
+    def cancelled(*_: object) -> None:
+        if time.monotonic() - began > 0.5:
+            raise InspectorError("cancelled")
+
+    with pytest.raises(InspectorError, match="cancelled"):
+        fetch(*where, cancelled, dripping.certificate)
+    assert time.monotonic() - began < 4
+
+
+def test_a_source_that_is_slow_but_gives_enough_is_waited_for(served: tuple[Server, Path], tmp_path: Path) -> None:
+    server, folder = served
+    patience = Patience(least_bytes_s=50, window_s=1.0)
+    server.pause_s = 0.3
+    fetch(server.url, tmp_path / "here", folder.parent / "trust", untold, server.certificate, patience=patience)
+
+
+def test_a_pipe_in_the_place_of_a_file_holds_nobody_up(tmp_path: Path) -> None:
+    folder = tiny_bundle(tmp_path / "made").folder
+    for name in ("manifest.json", "network.onnx"):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / name).unlink()
+        os.mkfifo(tmp_path / name / name)
+        with pytest.raises(SourceUnreachable, match="not a plain file"):
+            fetch(str(tmp_path / name), tmp_path / "here", folder.parent / "trust", untold)
 
 
 def test_a_disk_without_room_is_told_before_it_is_full(small_disk: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ LINES = [
     {"setting"},
     {"recorder", "readiness"},
     {"training", "wiring", "remote"},
-    {"shadow", "replay"},
+    {"shadow", "replay", "attempts"},
     {"station"},
     {"updates"},
     {"daemon"},

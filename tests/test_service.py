@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -19,7 +20,8 @@ from edge_inspector.config import Device, DeviceConfig
 from edge_inspector.messages import Cause
 from edge_inspector.outbox import Counts
 from edge_inspector.systemd import JournalHandler, Watchdog, is_journal, notify
-from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, needed, until
+from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, listening, needed, until
+from tests.tiny import tiny_bundle
 
 UNIT = Path(__file__).resolve().parents[1] / "systemd" / "edge-inspector@.service"
 
@@ -44,8 +46,42 @@ def test_the_daemon_tells_systemd_ready_status_watchdog_and_stopping(tmp_path: P
             until(lambda: listener.recv(4096) == b"STOPPING=1", what="STOPPING")
 
 
-def test_nothing_is_sent_where_systemd_is_not() -> None:
+def test_nothing_is_sent_where_systemd_is_not_and_a_lost_socket_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert not notify("READY=1", {})
+    for address in (str(tmp_path / "gone"), "@gone", "x" * 200):
+        caplog.clear()
+        assert not notify("STATUS=1", {"NOTIFY_SOCKET": address})
+        assert not notify("STATUS=2", {"NOTIFY_SOCKET": address})
+        assert [record.getMessage().startswith("systemd does not hear us") for record in caplog.records] == [True]
+
+
+def test_a_daemon_whose_notify_socket_is_lost_judges_on_and_says_when_its_stations_are_ready(
+    tmp_path: Path, mosquitto: Mosquitto
+) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml("synthetic://?fps=10", bundle="tiny"))
+    tiny_bundle(folder / "bundles")
+    kept = [x for x in (folder / "device.yaml").read_text().splitlines() if not x.startswith(("trust:", "bundles:"))]
+    (folder / "device.yaml").write_text("\n".join([*kept, "trust: bundles/trust", "bundles: bundles", ""]))
+    shutil.move(folder / "bundles" / "tiny", tmp_path / "tiny")
+    with (
+        listening(mosquitto.port) as listener,
+        DaemonProcess(folder, {"NOTIFY_SOCKET": str(tmp_path / "gone")}) as daemon,
+    ):
+        until(lambda: "station sheet is not ready: " in daemon.log, what="why it is not ready")
+        assert "ready: sheet" not in daemon.log
+        assert "started: stations sheet; configuration version 0" in daemon.log
+        shutil.move(tmp_path / "tiny", folder / "bundles" / "tiny")
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: "ready: sheet" in daemon.log, what="ready")
+        until(lambda: any(r["ready"] for r in listener.of("ready", "sheet")), what="ready")
+        listener.say({"trigger_id": "T-1"}, "trigger", "sheet")
+        until(lambda: listener.of("result", "sheet"), what="a result")
+        assert daemon.log.count("systemd does not hear us") == 1
+        assert "check the state folder" not in daemon.log
+        assert daemon.stop() == 0
 
 
 def test_a_loop_that_hangs_is_named_and_stops_the_pings() -> None:

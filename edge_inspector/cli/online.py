@@ -185,7 +185,7 @@ def run(config: ConfigOption = Path("device.yaml"), verbose: Annotated[bool, typ
     log = logging.getLogger("edge_inspector")
     daemon.run(
         device, stop, reload,
-        on_ready=lambda now: log.info("ready: %s; configuration version %d", ", ".join(now.stations), now.version),
+        on_ready=lambda now: log.info("started: stations %s; configuration version %d", ", ".join(now.stations), now.version),
     )  # fmt: skip
 
 

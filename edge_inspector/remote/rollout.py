@@ -1,7 +1,8 @@
 r"""Remote bundles: wanted -> fetched, verified, built, its samples judged -> judging beside -> on trial -> in force, or back.
 
     in force --wanted--> FETCH -> VERIFY -> BUILD -> SAMPLES -> SHADOW --> on trial (`trial.py`)
-                             \------any fault--------------------------> rejected, its files removed
+                      |      \------any fault--------------------------> rejected, its files removed
+                      `-------------any fault--------------------------> refused: mended, it may come again
 
 It tells which folder a bundle is to be opened from (`folder`) and never how that is done: whoever runs the line does it.
 """
@@ -19,10 +20,10 @@ from pathlib import Path
 
 from edge_inspector.addresses import told_source
 from edge_inspector.bundles import Bundle, open_bundle, signed_manifest
-from edge_inspector.errors import BundleUnsupported, InspectorError, SchemaError, SignatureError, SourceUnreachable
+from edge_inspector.errors import BundleError, BundleUnsupported, InspectorError, SchemaError, SignatureError, SourceUnreachable
 from edge_inspector.messages import BundleDesired, BundleReported, Confirm, PhaseFacts, ShadowFacts
 from edge_inspector.remote.authority import Authority
-from edge_inspector.remote.fetch import Judge, Tell, fetch
+from edge_inspector.remote.fetch import PATIENCE, Judge, Patience, Tell, fetch
 from edge_inspector.remote.trial import TOLD, Kept, State, Trials, boot_time
 
 log = logging.getLogger(__name__)
@@ -153,15 +154,20 @@ class Rollout:
             self.candidate = Wanted(order, digest, self._place(order.release))
             self.phase, self.shadow = PhaseFacts(name="fetch", done=0, total=0), None
 
-    def fetched(self, wanted: Wanted, tell: Tell, *, clock_ok: bool) -> Bundle:
+    def fetched(
+        self, wanted: Wanted, tell: Tell, *, clock_ok: bool, patience: Patience = PATIENCE
+    ) -> Bundle:  # fmt: skip
         """Bring a release here and verify it; may take long, and runs in a thread of its own. Raises InspectorError."""
-        order = wanted.order
+        order, end_s = wanted.order, time.monotonic() + patience.total_s
         for wait_s in (*_RETRIES_S, None):
             try:
-                fetch(order.source, wanted.folder, self._trust, tell, self._ca_file, judge=self._judge)
+                fetch(
+                    order.source, wanted.folder, self._trust, tell, self._ca_file, judge=self._judge,
+                    patience=patience, end_s=end_s,
+                )  # fmt: skip
                 break
             except SourceUnreachable as error:
-                if wait_s is None:
+                if wait_s is None or time.monotonic() + wait_s > end_s:
                     raise
                 log.warning("bundle %s release %d: %s; again in %d s", self.name, order.release, error.message, wait_s)
                 self._wait(wait_s, tell)
@@ -199,13 +205,21 @@ class Rollout:
             if error is not None:
                 raise error
             self.trials.begin(kept, order.confirm_s, self._good())
-        except SourceUnreachable as unreachable:  # nothing is wrong with the release: the same order may come again
-            self._answered = ""
+        except BundleError as refusal:  # no part was judged by it: mended, the same release may come again
+            if isinstance(refusal, SourceUnreachable):  # nor is anything to be mended here
+                self._answered = ""
             with suppress(InspectorError):  # on a full disk an attempt more counts
                 self.trials.save(attempt=(0, 0))
-            self.trials.note(order.by, "refused", unreachable.message, order.release, wanted.hash)
+            self.trials.note(order.by, "refused", refusal.message, order.release, wanted.hash)
         except InspectorError as refusal:
             self.trials.reject(order.by, order.release, wanted.hash, refusal.message)
+
+    def wait(self, reason: str) -> None:
+        """The candidate is here, and has to wait for others."""
+        wanted, last = self.candidate, self.trials.last
+        if wanted is not None and (last is None or last.reason != f"it waits: {reason}"):
+            order = wanted.order
+            self.trials.note(order.by, "preparing", f"it waits: {reason}", order.release, wanted.hash)
 
     def _good(self) -> Kept:
         good = self.trials.state.good
