@@ -171,7 +171,8 @@ class Outbox:
         """Set the file aside, go on with what can be read of it, in new streams. Raises OSError, sqlite3.Error."""
         log.error("%s is damaged (%s): new streams begin in a new file", self.path, why)
         try:
-            old = Salvage(self.path, self._tick, dict(self._acked))
+            bases = {head.stream: head.base for head in self._heads.values()}
+            old = Salvage(self.path, self._tick, dict(self._acked), bases=bases)
             self.counts.salvaged = salvage.take_over(old, salvage.fresh_path(self.path), self._quota, self.stations)
         except (OSError, sqlite3.Error) as error:
             self.counts.salvaged = f"nothing can be read of it: {error}"

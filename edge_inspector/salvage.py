@@ -7,7 +7,9 @@ the old one is set aside for a person to look at. Of those only the newest is ke
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +20,14 @@ from typing import Any
 from edge_inspector import durable, streams
 from edge_inspector.database import closed, connected, make_tables
 from edge_inspector.quota import Quota
+from edge_inspector.results import MAX_RESULT_BYTES
 
 _ASIDE = "outbox.damaged-*.db"
 _SUFFIXES = ("", "-wal", "-shm")
 _TICK_ROWS = 200
+_BODY = re.compile(rb'\{"schema":"ei\.result\.v1","result_id":"')
+"""How every stored result begins."""
+_JSON = json.JSONDecoder()
 
 
 @dataclass
@@ -35,20 +41,32 @@ class Salvage:
     faults: list[str] = field(default_factory=list)
     expected: int | None = None
     """So many results the broker does not have; None: that cannot be read."""
+    bases: dict[str, int] = field(default_factory=dict)
+    """What the numbers of each stream in force are less than those on the disk."""
+    _connection: sqlite3.Connection | None = None
 
     def __enter__(self) -> Salvage:
-        """Open the file. Raises sqlite3.Error."""
-        self._connection = connected(self.path, "OFF")
-        self._connection.execute("PRAGMA query_only=ON")
+        """Open the file, as far as that is possible."""
+        with self._noting("file"):
+            self._connection = connected(self.path, "OFF")
+            self._connection.execute("PRAGMA query_only=ON")
         with self._noting("streams"):
-            rows = self._connection.execute("SELECT station, acked, next FROM streams").fetchall()
+            self.bases = {head.stream: head.base for head in streams.heads(self._reader).values()}
+            rows = self._reader.execute("SELECT station, acked, next FROM streams").fetchall()
             self.acked |= {station: max(acked, self.acked.get(station, 0)) for station, acked, _ in rows}
             self.expected = sum(upcoming - 1 - self.acked[station] for station, _, upcoming in rows)
         return self
 
+    @property
+    def _reader(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise sqlite3.DatabaseError("it cannot be opened")
+        return self._connection
+
     def __exit__(self, *_: object) -> None:
         """Close it."""
-        closed(self._connection)
+        if self._connection is not None:
+            closed(self._connection)
 
     @contextlib.contextmanager
     def _noting(self, what: str) -> Iterator[None]:
@@ -60,15 +78,36 @@ class Salvage:
     def triggers(self, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
         """The triggers that are known, with those of the columns that this file has."""
         with self._noting("triggers"):
-            known = [name for name in columns_of(self._connection, "triggers") if name in set(columns)]
+            known = [name for name in columns_of(self._reader, "triggers") if name in set(columns)]
             for row in self._rows("triggers", ", ".join(known)):
                 yield dict(zip(known, row[1:], strict=True))
 
     def results(self) -> Iterator[bytes]:
-        """The bodies of those that the broker has not acknowledged."""
+        """The bodies of those that the broker has not acknowledged; last, what no table leads to any more."""
+        before, found = len(self.faults), set()
         for _, station, seq, body in self._rows("results", "station, seq, body"):
             if seq > self.acked.get(station, 0):
+                found.add((station, seq))
                 yield bytes(body)
+        if len(self.faults) == before:
+            return
+        rest = {key: body for key, body in self._carved() if key not in found and key[1] > self.acked.get(key[0], 0)}
+        for key in sorted(rest):
+            yield rest[key]
+
+    def _carved(self) -> Iterator[tuple[tuple[str, int], bytes]]:
+        """Bodies that lie in the bytes of the file and of its log: station and number on the disk, body."""
+        for path in (self.path, Path(f"{self.path}-wal")):
+            data = path.read_bytes() if path.exists() else b""
+            for number, match in enumerate(_BODY.finditer(data)):
+                if number % _TICK_ROWS == 0:
+                    self.tick()
+                text = data[match.start() : match.start() + MAX_RESULT_BYTES].decode(errors="replace")
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off, or half overwritten
+                    result, end = _JSON.raw_decode(text)
+                    if result["stream"] in self.bases or not self.bases:
+                        key = result["station"], result["seq"] + self.bases.get(result["stream"], 0)
+                        yield key, text[:end].encode()
 
     def _rows(self, table: str, columns: str) -> Iterator[tuple[Any, ...]]:
         """Rows from the first one up to the damage, then those behind it."""
@@ -85,7 +124,7 @@ class Salvage:
     def _ascending(self, table: str, columns: str, first: int) -> Iterator[tuple[Any, ...]]:
         with self._noting(table):
             query = f"SELECT id, {columns} FROM {table} WHERE id >= ? ORDER BY id"  # noqa: S608 - our own names
-            for number, row in enumerate(self._connection.execute(query, (first,))):
+            for number, row in enumerate(self._reader.execute(query, (first,))):
                 if number % _TICK_ROWS == 0:
                     self.tick()
                 yield row
@@ -94,7 +133,7 @@ class Salvage:
         found = None
         with self._noting(table):
             query = f"SELECT id FROM {table} WHERE id > ? ORDER BY id DESC"  # noqa: S608 - our own names
-            for number, row in enumerate(self._connection.execute(query, (last,))):
+            for number, row in enumerate(self._reader.execute(query, (last,))):
                 if number % _TICK_ROWS == 0:
                     self.tick()
                 found = row[0]

@@ -48,6 +48,13 @@ class _Stream:
     waiting: dict[int, Result] = field(default_factory=dict)
     missing_since: float | None = None
     asked_s: float = 0.0
+    before: tuple[str, int] = ("", 1)
+    """The stream that ended, and what was next in it."""
+
+    def has_taken(self, result: Result) -> bool:
+        """Whether a result that moved into this stream came in the one before."""
+        stream, _, seq = (result.former_id or "").rpartition("-")
+        return stream == self.before[0] and seq.isdecimal() and int(seq) < self.before[1]
 
 
 class Subscriber:
@@ -111,7 +118,10 @@ class Subscriber:
                 self._receive(min(_WAIT_S, patience_s))
                 for name, stream in list(self._streams.items()):
                     while stream.next in stream.waiting:
-                        yield stream.waiting[stream.next]
+                        if stream.has_taken(stream.waiting[stream.next]):
+                            self.duplicates += 1
+                        else:
+                            yield stream.waiting[stream.next]
                         del stream.waiting[stream.next]
                         stream.next += 1
                         quiet_until = time.monotonic() + patience_s
@@ -218,6 +228,7 @@ class Subscriber:
             stream.waiting[result.seq] = result
 
     def _begin(self, stream: _Stream, identity: str, first: int) -> None:
+        stream.before = stream.stream, stream.next
         stream.stream, stream.next, stream.known, stream.waiting = identity, first, 0, {}
         stream.missing_since = None
 

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from edge_inspector import messages
 from edge_inspector.errors import OutboxError
 from edge_inspector.frames import Trigger
+from edge_inspector.history import stored_results
 from edge_inspector.outbox import Outbox
 from edge_inspector.quota import BALLAST_BYTES
 from edge_inspector.results import Reason, Result, Verdict
@@ -104,6 +106,53 @@ def test_a_damaged_file_is_set_aside_and_a_new_stream_begins(tmp_path: Path) -> 
     assert second.stream != first
     assert second.seq == 1
     assert list(tmp_path.glob("outbox.damaged-*"))
+
+
+_EARLIER = """
+CREATE TABLE streams(station TEXT PRIMARY KEY, stream TEXT NOT NULL, next INTEGER NOT NULL, acked INTEGER NOT NULL);
+CREATE TABLE results(id INTEGER PRIMARY KEY, station TEXT NOT NULL, seq INTEGER NOT NULL, verdict TEXT NOT NULL,
+  body BLOB NOT NULL, UNIQUE(station, seq));
+CREATE INDEX passed ON results(id) WHERE verdict = 'pass';
+CREATE TABLE triggers(id INTEGER PRIMARY KEY, station TEXT NOT NULL, trigger_id TEXT NOT NULL, body TEXT NOT NULL,
+  seq INTEGER, UNIQUE(station, trigger_id));
+CREATE INDEX open_triggers ON triggers(id) WHERE seq IS NULL;
+CREATE TABLE gaps(station TEXT NOT NULL, lo INTEGER NOT NULL, hi INTEGER NOT NULL, PRIMARY KEY(station, lo));
+INSERT INTO streams VALUES('s', 'c0ffee00', 4, 1);
+INSERT INTO gaps VALUES('s', 1, 1);
+"""
+
+
+def test_a_file_of_an_earlier_release_goes_on_in_its_stream_and_loses_nothing(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "outbox.db")) as connection, connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.executescript(_EARLIER)
+        for n in (2, 3):
+            old = result(n).model_copy(update={"result_id": f"c0ffee00-{n}", "stream": "c0ffee00", "seq": n})
+            connection.execute("INSERT INTO results VALUES(?, 's', ?, 'pass', ?)", (n, n, old.payload()))
+            connection.execute("INSERT INTO triggers VALUES(?, 's', ?, '', ?)", (n, f"T-{n}", n))
+    with Outbox(tmp_path, ["s"]) as outbox:
+        assert outbox.append(result(4)).result_id == "c0ffee00-4"
+        head = outbox.head("s")
+        assert (head.stream, head.lo, head.hi, head.acked) == ("c0ffee00", 2, 4, 1)
+        assert outbox.gaps("s", 1, 4, 9) == [(1, 1)]
+        assert [r.trigger_id for r in stored(outbox)] == ["T-2", "T-3", "T-4"]
+        assert not outbox.journal("s", trigger(2)).result(5).new
+    assert not list(tmp_path.glob("outbox.damaged-*"))
+
+
+def test_records_are_found_by_result_part_and_trigger_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    folder = tmp_path / "line #1? 100%20 ü"
+    part = {"part_id": '01\x1d"ä/7"'}
+    with Outbox(folder, ["s"]) as outbox:
+        first = outbox.append(result(1).model_copy(update=part))
+        again = outbox.append(result(2).model_copy(update=part))
+        outbox.append(result(12))
+        for name, found in ((first.result_id, [first]), (part["part_id"], [first, again]), ("T-2", [again]), ("T-", [])):
+            assert [r.result_id for r in stored_results(folder / "outbox.db", name)] == [r.result_id for r in found]
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name}, "no stray file beside it"
+    with pytest.raises(OutboxError, match="nowhere"):
+        stored_results(tmp_path / "nowhere" / "outbox.db", "T-1")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_state_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:

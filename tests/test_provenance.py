@@ -122,6 +122,24 @@ def test_after_a_rollback_of_the_state_folder_no_number_comes_twice_and_the_user
         assert outbox.head("sheet") == head
 
 
+def test_a_result_that_moves_into_a_new_stream_comes_once_to_who_has_it(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    """The copy was made before the broker had acknowledged what it holds."""
+    state, seen = tmp_path / "state", tmp_path / "seen"
+    with Outbox(state, ["sheet"]) as outbox:
+        for name in "ab":
+            outbox.append(result(name))
+    shutil.copytree(state, tmp_path / "golden")
+    with boot(state, mosquitto.port) as (outbox, _), subscribing(mosquitto.port, state=seen) as user:
+        assert len(taken(user, 2)) == 2
+        user.save()
+    shutil.rmtree(state)
+    shutil.copytree(tmp_path / "golden", state)
+    with boot(state, mosquitto.port) as (outbox, _), subscribing(mosquitto.port, state=seen) as user:
+        outbox.append(result("c"))
+        (only,) = taken(user, 1)
+        assert (only.trigger_id, only.seq, user.duplicates) == ("c", 3, 2)
+
+
 def test_a_copy_is_known_although_the_other_life_told_no_higher_number(tmp_path: Path, mosquitto: Mosquitto) -> None:
     """A machine with its state in memory loses power within the second in which the head lags behind the results."""
     state = tmp_path / "state"

@@ -70,14 +70,14 @@ def read_all(outbox: Outbox) -> list[Result]:
 PLACES = {
     "T-500": 190,  # a leaf with results that the broker does not have: all but those on it
     "T-100": 199,  # one with history: all of them
-    "results": 0,  # the root of their table: none can be found
+    "results": 199,  # the root of their table: they are found in the bytes
     "streams": 199,
     "triggers": 199,
     "passed": 199,
     "sqlite_autoindex_results_1": 199,
     "sqlite_autoindex_triggers_1": 199,
     "facts": 199,
-    "sqlite_schema": 0,
+    "sqlite_schema": 199,
 }
 
 
@@ -128,6 +128,23 @@ def test_damage_that_shows_while_parts_are_judged_costs_no_part_its_record(whole
     with Outbox(tmp_path, ["s"]) as outbox:
         interrupted = [r.trigger_id for r in stored(outbox) if r.reason is Reason.INTERRUPTED]
         assert interrupted == ["T-9000"]
+
+
+@pytest.mark.parametrize("at", [0, 24, 40, 20_000], ids=["header", "checksum", "frame", "middle"])
+def test_a_damaged_log_ends_no_start_and_nothing_behind_the_damage_is_made_up(tmp_path: Path, at: int) -> None:
+    (tmp_path / "killed").mkdir()
+    with Outbox(tmp_path / "live", ["s"]) as outbox:
+        for n in range(1, 40):
+            outbox.append(result(n, detail="x" * 200))
+        for name in ("outbox.db", "outbox.db-wal"):
+            (tmp_path / "killed" / name).write_bytes((tmp_path / "live" / name).read_bytes())
+    with (tmp_path / "killed" / "outbox.db-wal").open("r+b") as file:
+        file.seek(at)
+        file.write(b"\xde\xad" * 40)
+    with Outbox(tmp_path / "killed", ["s"]) as outbox:
+        before = outbox.head("s").hi
+        assert [r.trigger_id for r in stored(outbox)] == [f"T-{n}" for n in range(1, before + 1)]
+        assert outbox.append(result(100)).seq == before + 1
 
 
 def test_a_trigger_whose_body_is_damaged_is_interrupted_like_any_other(whole: Path, tmp_path: Path) -> None:
