@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
 from edge_inspector import pictures
+from edge_inspector.cli.regions import given
 from edge_inspector.errors import InspectorError, PictureError
+from edge_inspector.roi import Rectangle, Roi
 from edge_inspector.training.evaluation import labelled, mask_of
-from tests.line import ENGINES, DaemonProcess, Mosquitto, device_folder, line_yaml, listening, until
+from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, listening, until
 from tests.test_cli import PAPER, RECORDING, TRUST, run
 
 BAD, GOOD = ("003", "006", "009", "012"), ("001", "002", "004", "005")
@@ -166,32 +170,44 @@ recipes: {my-recipe: {cameras: {top: {rois: {lid: {bundle: lid, polygon: [[10, 1
 """
 
 
-def test_a_recipe_names_the_region_that_is_trained_on_and_a_refused_training_leaves_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason='torch is not installed: pip install "edge-inspector[train]"')
-    run("keygen", cwd=tmp_path)
-    _good(tmp_path / "good")
-    (tmp_path / "line.yaml").write_text(LINE)
-    before = set(tmp_path.rglob("*"))
-    train = ("train", "good", "--product", "lid")
-    for options, words in (
-        (("--recipe", "line.yaml:my-recipe/top/rim"), "there are: my-recipe/top/lid"), (("--recipe", "top"), "FILE:RECIPE/CAMERA/ROI"),
-        (("--polygon", "1,2 3,4"), "polygon"), (("--polygon", "a,b"), "corners as X,Y"), (("--size", "50"), "between 64 and 1024"),
-        (("--rectangle", "100", "0", "64", "64"), "reaches outside its 128x128 px"), (("--device", "cuda:77"), "CUDA devices"),
-        (("--recipe", "line.yaml:my-recipe/top/lid", "--polygon", "1,2 30,4 9,20"), "expected one of both"),
+def test_a_region_is_named_by_its_recipe_or_given_in_pixels(tmp_path: Path) -> None:
+    line = tmp_path / "line.yaml"
+    line.write_text(LINE)
+    corners = ((10, 10), (105, 12), (60, 100))
+    assert given(None, None, f"{line}:my-recipe/top/lid").roi == Roi(polygon=corners)
+    assert given(None, "10,10 105,12 60, 100", None).roi == Roi(polygon=corners)
+    assert given(None, None, None).roi == Roi()
+    for rectangle, polygon, recipe, words in (
+        (None, None, f"{line}:my-recipe/top/rim", "no region my-recipe/top/rim"), (None, None, "top", "FILE:RECIPE/CAMERA/ROI"),
+        (None, "1,2 3,4", None, "polygon"), (None, "a,b", None, "corners as X,Y"), ((0, 0, 4, 4), None, None, "w_px"),
+        (None, "1,2 30,4 9,20", f"{line}:my-recipe/top/lid", "expected one of both"), ((0, 0, 9, 9), "1,2 30,4 9,9", None, "both"),
     ):  # fmt: skip
-        refused = run(*train, *options, cwd=tmp_path)
-        assert refused.returncode == 2
-        assert words in refused.stderr
-        assert set(tmp_path.rglob("*")) == before, options
-    small = ("--recipe", "line.yaml:my-recipe/top/lid", "--family", "fanogan", "--size", "32", "--width", "4", "--gan-steps", "2",
-             "--encoder-steps", "40")  # fmt: skip
-    done = run(*train, *small, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    trained = json.loads((tmp_path / "bundles" / "lid" / "manifest.json").read_text())["training"]
+        with pytest.raises(InspectorError, match=words):
+            given(rectangle, polygon, recipe)
+
+
+def test_a_bundle_is_trained_on_the_outline_of_its_recipe_and_a_refused_training_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason='torch is not installed: pip install "edge-inspector[train]"')
+    from edge_inspector import training
+    from tests.test_training import TINY, order
+
+    folder, out = _good(tmp_path / "good"), tmp_path / "new" / "bundles" / "lid"
+    wanted = order(tmp_path, folder, out=out, family=TINY)
+    refused: tuple[dict[str, Any], ...] = (
+        {"roi": Roi(rectangle=Rectangle(x_px=100, y_px=0, w_px=64, h_px=64))}, {"device": "cuda:77"},
+        {"folder": tmp_path / "nowhere"},
+    )  # fmt: skip
+    for changes in refused:
+        with pytest.raises(InspectorError):
+            training.train(dataclasses.replace(wanted, **changes))
+        assert not (tmp_path / "new").exists(), changes
+    polygon = ((10, 10), (105, 12), (60, 100))
+    training.train(dataclasses.replace(wanted, roi=Roi(polygon=polygon)))
+    trained = json.loads((out / "manifest.json").read_text())["training"]
     assert trained["sizes"] == [[96, 91], [96, 91]]
     assert trained["channels"] == 3
-    assert trained["region"] == {"polygon": [[10, 10], [105, 12], [60, 100]]}
-    sample = pictures.read(tmp_path / "bundles" / "lid" / "sample-good-1.png")
+    assert trained["region"] == {"polygon": [list(corner) for corner in polygon]}
+    sample = pictures.read(out / "sample-good-1.png")
     assert sample.shape == (91, 96, 3)
     assert set(sample[-1, 0].tolist()) == {127}  # outside the polygon
 
@@ -201,9 +217,8 @@ def test_a_size_that_is_rounded_is_said(tmp_path: Path) -> None:
     from edge_inspector.training import data, orders
     from edge_inspector.training.networks.feature_fit import FeatureAnogan
 
-    surveyed = data.survey(_good(tmp_path / "good"))
+    surveyed = data.Pictures((), 128, 128, (1.0, 1.0), 3, 8, "", (), ((128, 128), (128, 128)))
     order = orders.Order(tmp_path, tmp_path / "b", "p", "p", None, family=FeatureAnogan(side=100))  # type: ignore[arg-type]
     assert [str(remark) for remark in orders._rounded(order, surveyed)] == [
         "the network's input is 96x96 px for a size of 100: its sides are multiples of 32"
     ]
-    assert ENGINES.exists()
