@@ -141,11 +141,7 @@ class _Line:
             stack.enter_context(station)
         for station in self.stations.values():
             stack.callback(station.stop_soon)
-        for name in self.outputs:
-            for pulse in device.config.outputs[name].early(line.stations[name].expires_ms):
-                log.warning(
-                    "outputs %s: verdicts may take longer than the delay of line %d: their part has passed", name, pulse.line
-                )
+        self._warn_of_early_pulses()
 
     def _setting(self, name: str, config: StationConfig) -> Setting:
         return Setting(
@@ -235,6 +231,13 @@ class _Line:
         """Why not both connections to the broker stand; None where they do."""
         connections = (self.connection, self.handshake.connection)
         return next((connection.refusal for connection in connections if not connection.connected.is_set()), None)
+
+    def _warn_of_early_pulses(self) -> None:
+        for name in self.outputs:
+            for pulse in self.device.config.outputs[name].early(self.setup.line.stations[name].expires_ms):
+                log.warning(
+                    "outputs %s: verdicts may take longer than the delay of line %d: their part has passed", name, pulse.line
+                )
 
     def summary(self) -> str:
         """One line for `systemctl status`."""
