@@ -167,11 +167,7 @@ class _Line:
             stack.enter_context(station)
         for station in self.stations.values():
             stack.callback(station.stop_soon)
-        for name in self.outputs:
-            for pulse in device.config.outputs[name].early(line.stations[name].expires_ms):
-                log.warning(
-                    "outputs %s: verdicts may take longer than the delay of line %d: their part has passed", name, pulse.line
-                )
+        self._warn_of_early_pulses()
 
     def _gone(self, stations: list[str]) -> Will | None:
         """What the broker tells of readiness when the device vanishes. A connection has one will: of several stations
@@ -307,6 +303,13 @@ class _Line:
         """Why not both connections to the broker stand; None where they do."""
         connections = (self.connection, self.handshake.connection)
         return next((connection.refusal for connection in connections if not connection.connected.is_set()), None)
+
+    def _warn_of_early_pulses(self) -> None:
+        for name in self.outputs:
+            for pulse in self.device.config.outputs[name].early(self.setup.line.stations[name].expires_ms):
+                log.warning(
+                    "outputs %s: verdicts may take longer than the delay of line %d: their part has passed", name, pulse.line
+                )
 
     def summary(self) -> str:
         """One line for `systemctl status`."""

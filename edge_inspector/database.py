@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 CHECK_S = 5.0
 """A start waits no longer than this for the check of a file; what it did not reach is found when it is used."""
+_AGAIN_S = 0.02
 _TABLES = """
 CREATE TABLE IF NOT EXISTS streams(station TEXT PRIMARY KEY, stream TEXT NOT NULL, next INTEGER NOT NULL,
   acked INTEGER NOT NULL);
@@ -90,8 +91,10 @@ def fault_of(connection: sqlite3.Connection, limit_s: float = CHECK_S) -> str:
     done = threading.Event()
 
     def limit() -> None:
-        if not done.wait(limit_s):
+        wait_s = limit_s
+        while not done.wait(wait_s):  # again, for a check that had not begun yet
             connection.interrupt()
+            wait_s = _AGAIN_S
 
     watcher = Thread(target=limit, name="outbox-check", daemon=True)
     watcher.start()
