@@ -37,6 +37,7 @@ _REDELIVER_S = 2.0
 _TOLD = 1024
 """Verdicts of which it is remembered how long they are of use, for when they are asked for again."""
 _REFUSED_S, _DETAIL = 1.0, 300
+_TRIGGERS_FAULT = (Reason.INVALID_TRIGGER, Reason.TRIGGER_ID_REUSED)
 
 
 class _Asked(TolerantModel):
@@ -242,4 +243,5 @@ def verdict_of(result: Result, *, repeated: bool = False) -> VerdictMessage:
     return VerdictMessage(
         station=result.station, trigger_id=result.trigger_id, part_id=result.part_id, verdict=result.verdict,
         reason=result.reason, repeated=repeated, expires_at=result.expires_at,
+        detail=result.detail if result.reason in _TRIGGERS_FAULT else None,
     )  # fmt: skip
