@@ -299,7 +299,7 @@ class Camera:
             self._works()
             self._ask(source, info)
         else:
-            if info.waits:  # a line that stands still gives none
+            if info.waits or (info.triggerable and not info.simulated):  # as long as nothing triggers them they give none
                 self._works()
             self._flow(source, info)
 
