@@ -64,8 +64,6 @@ LIMITS = [
     Case("max_packet_size 1500", "max_packet_size 1500\n", codes=frozenset({"message_too_large"}), shortened=True),
     Case("max_packet_size 1500, MQTT 3.1.1", "max_packet_size 1500\n", "3.1.1",
          codes=frozenset({"connection_ended", "message_too_large"}), shortened=True),
-    Case("message_size_limit 1500", "message_size_limit 1500\n", codes=frozenset({"connection_ended", "message_too_large"}),
-         shortened=True),
     Case("message_size_limit 1500, MQTT 3.1.1", "message_size_limit 1500\n", "3.1.1",
          codes=frozenset({"message_too_large"}), shortened=True),
     Case("max_packet_size 400", "max_packet_size 400\n", codes=frozenset({"message_too_large"}), lost=True),
@@ -74,6 +72,9 @@ LIMITS = [
     Case("max_inflight_messages 1", "max_inflight_messages 1\n"),
     Case("max_keepalive 10", "max_keepalive 10\n"),
 ]  # fmt: skip
+if os.environ.get("EDGE_INSPECTOR_LONG"):  # paho ends the connection on Mosquitto's refusal: found out as where nothing is said
+    found_out = frozenset({"connection_ended", "message_too_large"})
+    LIMITS.append(Case("message_size_limit 1500", "message_size_limit 1500\n", codes=found_out, shortened=True))
 
 
 def made(number: int) -> Result:
