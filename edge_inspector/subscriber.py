@@ -33,7 +33,7 @@ _ASK_AGAIN_S = 3.0
 _SAVE_EVERY_S = 1.0
 _WAIT_S = 0.2
 _BY_NAME_S = 1.0
-"""A station whose head was not heard is asked for by name after so long: RabbitMQ finds nothing retained by a wildcard."""
+"""What a station retains is asked for by name if it was not heard for so long: RabbitMQ finds nothing by a wildcard."""
 _WHY_DROPPED = {"quota": "were dropped by the device's quota", "too_large": "are too large for the broker"}
 
 
@@ -91,7 +91,7 @@ class Subscriber:
         self._ready: dict[str, Ready] = {}
         self._standing: int | None = None
         self._nameless: dict[str, float] = {}
-        """Stations of which no head was heard yet, and when they are asked for by name."""
+        """Stations, and when they are asked for by name, unless what they retain was heard."""
         if state is not None and state.exists():
             try:
                 known = json.loads(state.read_text())
@@ -196,9 +196,10 @@ class Subscriber:
                 self._nameless.setdefault(name, time.monotonic() + _BY_NAME_S)
 
     def _ask_by_name(self) -> None:
-        """Subscribe to what a station retains, where its head has not come by wildcard."""
+        """Subscribe to what a station retains, where it has not come by wildcard."""
         for name, at_s in self._nameless.items():
-            if at_s < time.monotonic() and not (name in self._streams and self._streams[name].stream):
+            stream = self._streams.get(name)
+            if at_s < time.monotonic() and not (stream and stream.stream and name in self._ready):
                 self._nameless[name] = float("inf")
                 self.connection.subscribe(self.topics.of("head", name), self.topics.of("ready", name))
 

@@ -25,6 +25,7 @@ from edge_inspector.outbox import Outbox
 from edge_inspector.subscriber import Subscriber
 from edge_inspector.wiring import client_id
 from tests.line import TOPICS, DaemonProcess, Mosquitto, device_folder, line_yaml, listening, loaded, needed, until
+from tests.test_broker import result
 
 
 def config(port: int, **more: object) -> BrokerConfig:
@@ -127,6 +128,33 @@ def test_a_station_whose_triggers_are_not_heard_is_not_ready_and_check_says_so(d
     (folder / "password").write_text("secret ")
     (blank,) = [finding for finding in checks.check_device(device) if finding.thing.startswith("password")]
     assert "ends with a blank" in blank.text
+
+
+def test_what_the_broker_refuses_to_take_is_told_and_holds_up_nothing_else(tmp_path: Path) -> None:
+    rights = "\n".join(f"topic {what}" for what in ("readwrite ei/v1/plant/line/edge/state", "write ei/v1/plant/line/edge/result/b",
+                       "read ei/v1/plant/line/edge/result/+"))  # fmt: skip
+    (tmp_path / "acl").write_text(f"{rights}\n")
+    (tmp_path / "acl").chmod(0o644)
+    broker = Mosquitto(tmp_path / "m", f"acl_file {tmp_path / 'acl'}\n").start()
+    try:
+        with (
+            Outbox(tmp_path / "state", ["a", "b"], quota_mb=4) as outbox,
+            Connection(config(broker.port), "ear", subscriptions=[TOPICS.of("result", "+")]) as ear,
+            Connection(config(broker.port), "edge", subscriptions=Broker.subscriptions(TOPICS)) as connection,
+            Broker(connection, TOPICS, outbox, {}),
+        ):
+            until(lambda: ear.connected.is_set() and connection.connected.is_set(), what="connections")
+            for number in range(10):
+                for station in "ab":
+                    outbox.append(result(number).model_copy(update={"station": station}))
+            until(lambda: outbox.head("b").acked == 10, what="what the broker takes")
+            assert outbox.head("a").acked == 0, "refused, not lost"
+            (cause,) = health.broker_causes(connection, "device")
+            assert cause.code == "publication_refused"
+            assert "result/a: Not authorized (0x87)" in cause.text
+            assert connection.reconnects == 0
+    finally:
+        broker.stop()
 
 
 def test_a_byte_order_mark_is_no_part_of_what_follows_it(tmp_path: Path) -> None:
