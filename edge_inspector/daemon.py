@@ -151,10 +151,16 @@ class _Line:
             heard, topics, self.outbox, self.stations, self.broker.refuse, tick=self.watchdog.loop("handshake")
         )
         self.alarms = _Alarms(self.broker, self.stations)
+        self._begin(stack, offline)
+        self._warn_of_early_pulses()
+
+    def _begin(self, stack: ExitStack, offline: StateMessage) -> None:
+        """Start everything; what is started last ends first."""
         for output in self.outputs.values():
             stack.enter_context(output)
         parts = (
-            self.outbox, self.evidence, heard, self.connection, self.provenance, self.handshake, self.broker, self.metrics,
+            self.outbox, self.evidence, self._heard, self.connection, self.provenance, self.handshake, self.broker,
+            self.metrics,
         )  # fmt: skip
         for part in parts:
             if part is not None:
@@ -167,7 +173,6 @@ class _Line:
             stack.enter_context(station)
         for station in self.stations.values():
             stack.callback(station.stop_soon)
-        self._warn_of_early_pulses()
 
     def _gone(self, stations: list[str]) -> Will | None:
         """What the broker tells of readiness when the device vanishes. A connection has one will: of several stations

@@ -40,7 +40,7 @@ def made(folder: Path, port: int) -> Path:
         ("site", "plant"), ("line", "line"), ("device", "edge"), ("port", port), ("host", "127.0.0.1"), ("bundles", ENGINES),
     ):  # fmt: skip
         text = re.sub(rf"(?m)^( *{pattern}:) \S+", rf"\g<1> {value}", text, count=1)
-    (folder / "device.yaml").write_text(text)
+    (folder / "device.yaml").write_text(f"{text}\nsources: {{folders: ['{ENGINES / 'recording'}']}}\n")
     (folder / "line.yaml").write_text(line_yaml(LOOPING))
     for key in (ENGINES / "trust").glob("*.pub"):
         shutil.copy(key, folder / "trust")
