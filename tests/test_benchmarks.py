@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,18 @@ from tests.tiny import tiny_bundle
 MODULES = {path.stem for path in Path(__file__).with_name("benchmarks").glob("*.py")} - {"__init__"}
 TRAINED = ("--side", "64", "--prototypes", "16", "--steps", "2")
 RUNS = {
+    # "SET" stands for a folder with a set of pictures and a tiny bundle.
     "line-throughput": ("throughput", "--parts", "4", "--rounds", "1"),
     "line-latency": ("latency", "--parts", "2", "--rounds", "1"),
     "line-start": ("start", "--rounds", "1"),
     "line-soak": ("soak", "--parts", "4", "--rounds", "2"),
     "cameras-http": ("--rigs", "http", "--seconds", "0.3", "--faults", "hang"),
     "cameras-four": ("--four", "--fps", "20", "--parts", "4"),
-    "detection-": ("set", "--pictures", "24", *TRAINED),
-    "gans-": ("set", "--minutes", "0.01", "--width", "4", "--anogan-steps", "1"),
-    "promise-": ("set", "--splits", "1", "--pictures", "24", *TRAINED),
-    "precision-": ("tiny", "set/test/good", "--trust", "trust"),
+    "delay-": ("2",),
+    "detection-": ("SET", "--pictures", "24", "--out", "SET/out", *TRAINED),
+    "gans-": ("SET", "--minutes", "0.01", "--width", "4", "--anogan-steps", "1", "--out", "SET/out"),
+    "promise-": ("SET", "--splits", "1", "--pictures", "24", "--out", "SET/out", *TRAINED),
+    "precision-": ("SET/tiny", "SET/test/good", "--trust", "SET/trust"),
     "runner-": ("--rounds", "5"),
 }
 
@@ -46,13 +49,6 @@ def drawn_set(folder: Path) -> None:
             pictures.write(folder / place / f"{number:03d}.png", draw_part(np.random.default_rng(number), 64, 64, defective))
 
 
-@pytest.fixture
-def set_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn_set(tmp_path / "set")
-    tiny_bundle(tmp_path)
-    monkeypatch.chdir(tmp_path)
-
-
 def require(module: str) -> None:
     if module in ("detection", "gans", "promise"):
         pytest.importorskip("torch", reason='torch is not installed: pip install "edge-inspector[train]"')
@@ -60,7 +56,9 @@ def require(module: str) -> None:
         needs_pycuda()
     if module == "cameras":
         pytest.importorskip("pypylon", reason="pylon is not installed: pip install pypylon")
-    if module in ("line", "cameras"):
+    if module == "delay":
+        needed(shutil.which("ip"), "apt install iproute2")
+    if module in ("line", "cameras", "delay"):
         needed(MOSQUITTO, "apt install mosquitto")
 
 
@@ -70,11 +68,13 @@ def test_no_benchmark_is_left_out() -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_benchmark_runs_and_prints_its_figures(
-    name: str, set_beside: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = name.split("-", maxsplit=1)[0]
     require(module)
-    monkeypatch.setattr(sys, "argv", [module, *RUNS[name]])
+    drawn_set(tmp_path)
+    tiny_bundle(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module, *(word.replace("SET", str(tmp_path)) for word in RUNS[name])])
     monkeypatch.delitem(sys.modules, f"tests.benchmarks.{module}", raising=False)
     runpy.run_module(f"tests.benchmarks.{module}", run_name="__main__")
     printed = capsys.readouterr().out

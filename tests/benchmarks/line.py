@@ -27,7 +27,6 @@ from edge_inspector import pictures, preprocess
 from edge_inspector.bundles import open_bundle
 from edge_inspector.roi import Roi
 from edge_inspector.runtime import OnnxEngine
-from tests.faults.test_kills import small
 from tests.line import ENGINES, DaemonProcess, Mosquitto, collected, device_folder, line_yaml, listening, subscribing, until
 
 THREADS = 2
@@ -179,7 +178,7 @@ def start(scratch: Path, broker: Mosquitto, parts: int = 0, rounds: int = 6) -> 
 def soak(scratch: Path, broker: Mosquitto, parts: int = 20000, rounds: int = 20) -> dict[str, Any]:
     """In so many rounds: slope of resident memory per result after warm-up, descriptors and threads at both ends."""
     recording = f"dir://{ENGINES / 'recording'}?loop=1"
-    device = device_folder(scratch / "device", broker.port, small(line_yaml(recording, trigger="free")))
+    device = device_folder(scratch / "device", broker.port, line_yaml(recording, trigger="free"))
     points = []
     with subscribing(broker.port, "soak") as subscriber, DaemonProcess(device) as daemon:
         assert daemon.process is not None
