@@ -68,7 +68,7 @@ def test_no_benchmark_is_left_out() -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_benchmark_runs_and_prints_its_figures(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     module = name.split("-", maxsplit=1)[0]
     require(module)
@@ -77,7 +77,7 @@ def test_a_benchmark_runs_and_prints_its_figures(
     monkeypatch.setattr(sys, "argv", [module, *(word.replace("SET", str(tmp_path)) for word in RUNS[name])])
     monkeypatch.delitem(sys.modules, f"tests.benchmarks.{module}", raising=False)
     runpy.run_module(f"tests.benchmarks.{module}", run_name="__main__")
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     assert printed
     if name == "line-throughput":
         figures: dict[str, Any] = json.loads(printed)
