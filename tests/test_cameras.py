@@ -227,7 +227,7 @@ def test_nothing_is_left_behind_after_closing() -> None:
         )
         assert child.stdout.strip()
     until(lambda: len(os.listdir("/proc/self/fd")) <= before[0], 5, "descriptors closed")
-    assert set(os.listdir("/dev/shm")) <= before[1]
+    until(lambda: set(os.listdir("/dev/shm")) <= before[1], 5, "shared memory given back")
     pid = int(child.stdout.split()[0])
     assert not Path(f"/proc/{pid}").exists()
 

@@ -1,4 +1,4 @@
-"""Cameras measured on this machine: python -m tests.benchmarks.cameras [--rigs aravis v4l2 ...] [--seconds 6] | --four
+"""Cameras measured on this machine: python -m tests.benchmarks.cameras [--rigs aravis v4l2 ...] [--seconds 6] [--faults hang ...] | --four
 
 For each stack: frames a second against the rate that was set, CPU for each frame (all processes of ours), from capture to our hands,
 and how long it takes to notice and to recover from hang, kill and freeze. --four: four 720p cameras (pylon's emulation) in one
@@ -31,7 +31,7 @@ version: 1
 stations:
 {stations}
 recipes:
-  whole: {{cameras: {{top: {{rois: {{all: {{bundle: paper, rectangle: {{x_px: 0, y_px: 0, w_px: 720, h_px: 720}}}}}}}}}}}}
+  whole: {{cameras: {{top: {{rois: {{all: {{bundle: paper, rectangle: {{x_px: 576, y_px: 296, w_px: 128, h_px: 128}}}}}}}}}}}}
 """
 STATION = """\
   s{n}: {{trigger: free, product: paper, products: {{paper: whole}}, cameras: {{top: {{uri: "pylon://0815-000{n}", width: 1280,
@@ -114,7 +114,7 @@ def four(fps: float, count: int) -> dict[str, Any]:
         try:
             with subscribing(broker.port) as subscriber, DaemonProcess(device, {"PYLON_CAMEMU": "4"}) as daemon:
                 assert daemon.process is not None
-                collected(subscriber, 40, 60)
+                collected(subscriber, min(40, count), 60)
                 process = psutil.Process(daemon.process.pid)
                 tree = (process, *process.children(recursive=True))
                 busy, began = sum(sum(p.cpu_times()[:2]) for p in tree), time.monotonic()
@@ -135,11 +135,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rigs", nargs="+", choices=RIGS, default=list(RIGS))
     parser.add_argument("--seconds", type=float, default=6.0)
+    faults = ("hang", "unplug", "freeze")
+    parser.add_argument("--faults", nargs="*", choices=faults, default=list(faults))
     parser.add_argument("--four", action="store_true")
+    parser.add_argument("--parts", type=int, default=200, help="of the four together")
     parser.add_argument("--fps", type=float, default=2.0, help="of each of the four")
     given = parser.parse_args()
     if given.four:
-        print(json.dumps(four(given.fps, 200)), flush=True)
+        print(json.dumps(four(given.fps, given.parts)), flush=True)
         return
     for name in given.rigs:
         with tempfile.TemporaryDirectory() as folder:
@@ -149,7 +152,7 @@ def main() -> None:
             try:
                 found = {"rig": name, "load": round(os.getloadavg()[0], 1), **flow(rig, given.seconds)}
                 print(json.dumps(found), flush=True)
-                for fault in sorted(rig.shows & {"hang", "unplug", "freeze"}):
+                for fault in sorted(rig.shows & set(given.faults)):
                     print(json.dumps({"rig": name, "fault": fault, **trouble(rig, fault)}), flush=True)
             finally:
                 rig.mend()

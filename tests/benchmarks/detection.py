@@ -79,7 +79,7 @@ def patchcore(heads: networks.Heads, material: Material, run: Run, count: int = 
         share = ROWS * len(part) // len(material.good.early)
         rows.append(f[torch.randperm(len(f), generator=run.seeded(7, int(part[0])))[:share]])
     every = torch.cat(rows)
-    chosen = every[fitting.centres(every, count, run.seeded(8))]
+    chosen = every[fitting.centres(every, min(count, len(every)), run.seeded(8))]
     return networks.Bank(chosen)
 
 
@@ -146,10 +146,9 @@ def opened(sets: Sequence[str], seeds: Sequence[int], out: Path) -> Iterator[tup
                 yield name, seed, folder, work
 
 
-def measured(folder: Path, seed: int, most: int, work: Path) -> dict[str, Any]:
+def measured(folder: Path, seed: int, most: int, family: fitting.FeatureAnogan, work: Path) -> dict[str, Any]:
     """Train on one set, score everything, then read the labels."""
     began, cpu = time.monotonic(), time.process_time()
-    family = fitting.FeatureAnogan()
     surveyed = data.survey(folder / "train" / "good")
     taken = np.unique(np.linspace(0, len(surveyed.paths) - 1, min(most, len(surveyed.paths))).round().astype(int))
     surveyed = dataclasses.replace(surveyed, paths=tuple(surveyed.paths[i] for i in taken))
@@ -278,14 +277,19 @@ def main() -> None:
     parser.add_argument("sets", nargs="*")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--pictures", type=int, default=200)
+    usual = fitting.FeatureAnogan()
+    parser.add_argument("--side", type=int, default=usual.side)
+    parser.add_argument("--prototypes", type=int, default=usual.prototypes)
+    parser.add_argument("--steps", type=int, default=usual.steps)
     parser.add_argument("--out", type=Path, default=Path("detection.jsonl"))
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     if given.table:
         table(given.out)
         return
+    family = fitting.FeatureAnogan(side=given.side, prototypes=given.prototypes, steps=given.steps)
     for name, seed, folder, work in opened(given.sets, given.seeds, given.out):
-        found = measured(folder, seed, given.pictures, work)
+        found = measured(folder, seed, given.pictures, family, work)
         with given.out.open("a") as file:
             file.write(json.dumps(found) + "\n")
         print(name, seed, {method: round(100 * f["auroc"], 2) for method, f in found["methods"].items()}, flush=True)

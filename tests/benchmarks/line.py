@@ -1,8 +1,9 @@
-"""The line measured on this machine: python -m tests.benchmarks.line throughput|latency|start|soak [--parts N] [--rounds N]
+"""The line measured on this machine: python -m tests.benchmarks.line throughput|latency|start|soak [--parts N] [--rounds N] [--threads N]
 
 Ratios are taken in one run, against a bare loop that decodes and preprocesses the same files and has the shipped bundle judge
-as many tiles for each as the daemon does, with the same ONNX Runtime threads. Needs Mosquitto. No speed is asserted: machines
-are noisy.
+as many tiles for each as the daemon does, with the same ONNX Runtime threads. These spin while they wait for each other, so
+that whatever else runs costs CPU twice: with --threads 1 the CPU beyond the engine is the daemon's own. Needs Mosquitto. No
+speed is asserted: machines are noisy.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from edge_inspector import pictures, preprocess
 from edge_inspector.bundles import open_bundle
 from edge_inspector.roi import Roi
 from edge_inspector.runtime import OnnxEngine
-from tests.faults.test_kills import small
 from tests.line import ENGINES, DaemonProcess, Mosquitto, collected, device_folder, line_yaml, listening, subscribing, until
 
 THREADS = 2
@@ -44,14 +44,14 @@ def files(folder: Path, parts: int) -> Path:
     return folder
 
 
-def bare_loop(folder: Path) -> dict[str, float]:
+def bare_loop(folder: Path, threads: int = THREADS) -> dict[str, float]:
     """Decode, preprocess, run: seconds and CPU seconds per part, and the CPU of the engine alone."""
     bundle = open_bundle(ENGINES / "paper", ENGINES / "trust")
     paths = sorted(folder.glob("*.png"))
     first = pictures.read(paths[0])
     plan = preprocess.Plan(bundle.manifest.input, Roi(), first.shape[0], first.shape[1])
     tiles, engine_cpu = len(plan.tiles), 0.0
-    with OnnxEngine(bundle, batch=tiles, threads=THREADS) as engine:
+    with OnnxEngine(bundle, batch=tiles, threads=threads) as engine:
         wall, cpu = time.perf_counter(), time.process_time()
         for path in paths:
             judged = plan.fill(pictures.read(path), engine.images, engine.valid)
@@ -73,9 +73,10 @@ def threads_cpu_ms(pid: int) -> dict[str, float]:
     return found
 
 
-def daemon_run(folder: Path, pictures_folder: Path, broker: Mosquitto, total: int) -> dict[str, Any]:
+def daemon_run(folder: Path, pictures_folder: Path, broker: Mosquitto, total: int, threads: int) -> dict[str, Any]:
     """The daemon over the same files through Mosquitto, after the first parts and while more come."""
-    device = device_folder(folder, broker.port, line_yaml(f"dir://{pictures_folder}?loop=1", trigger="free"))
+    line = line_yaml(f"dir://{pictures_folder}?loop=1", trigger="free")
+    device = device_folder(folder, broker.port, line, extra=f"engine: {{threads: {threads}}}\n")
     warm = min(WARM, total // 2)
     with subscribing(broker.port, f"bench-{folder.name}") as subscriber, DaemonProcess(device) as daemon:
         assert daemon.process is not None
@@ -86,27 +87,27 @@ def daemon_run(folder: Path, pictures_folder: Path, broker: Mosquitto, total: in
         daemon.stop()
     wall = (rest[-1].decided_at - first[-1].decided_at).total_seconds()
     # CPU is read when a result has arrived; up to a queue of parts may be ahead of it at both ends, which cancels.
-    threads = {name: (cpu - before.get(name, 0.0)) / len(rest) for name, cpu in after.items()}
-    return {"wall": wall / len(rest), "cpu": sum(threads.values()) / 1e3, "threads": threads}
+    by_thread = {name: (cpu - before.get(name, 0.0)) / len(rest) for name, cpu in after.items()}
+    return {"wall": wall / len(rest), "cpu": sum(by_thread.values()) / 1e3, "by_thread": by_thread}
 
 
-def throughput(scratch: Path, broker: Mosquitto, parts: int = 480, rounds: int = 3) -> dict[str, Any]:
+def throughput(scratch: Path, broker: Mosquitto, parts: int = 480, rounds: int = 3, threads: int = THREADS) -> dict[str, Any]:
     """Daemon against bare loop, in turn: medians, and the daemon's CPU by thread."""
     folder = files(scratch / "files", parts)
-    found, threads = [], []
+    found, of_threads = [], []
     for number in range(rounds):
-        bare = bare_loop(folder)
-        ours = daemon_run(scratch / f"device-{number}", folder, broker, parts)
-        threads.append(ours["threads"])
+        bare = bare_loop(folder, threads)
+        ours = daemon_run(scratch / f"device-{number}", folder, broker, parts, threads)
+        of_threads.append(ours["by_thread"])
         found.append({
             "throughput_ratio": bare["wall"] / ours["wall"], "bare_ms": bare["wall"] * 1e3, "daemon_ms": ours["wall"] * 1e3,
             "engine_cpu_ms": bare["engine_cpu"] * 1e3,
             "cpu_ms_beyond_engine": (ours["cpu"] - bare["engine_cpu"]) * 1e3,
             "bare_cpu_ms_beyond_engine": (bare["cpu"] - bare["engine_cpu"]) * 1e3,
         })  # fmt: skip
-    by_thread = {name: round(statistics.median(t.get(name, 0.0) for t in threads), 2) for name in threads[0]}
+    by_thread = {name: round(statistics.median(t.get(name, 0.0) for t in of_threads), 2) for name in of_threads[0]}
     medians = {key: round(statistics.median(one[key] for one in found), 3) for key in found[0]}
-    return {**medians, "daemon_cpu_ms_by_thread": by_thread, "parts": parts, "rounds": rounds}
+    return {**medians, "daemon_cpu_ms_by_thread": by_thread, "parts": parts, "rounds": rounds, "threads": threads}
 
 
 def latency(scratch: Path, broker: Mosquitto, parts: int = 200, rounds: int = 1) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def start(scratch: Path, broker: Mosquitto, parts: int = 0, rounds: int = 6) -> 
 def soak(scratch: Path, broker: Mosquitto, parts: int = 20000, rounds: int = 20) -> dict[str, Any]:
     """In so many rounds: slope of resident memory per result after warm-up, descriptors and threads at both ends."""
     recording = f"dir://{ENGINES / 'recording'}?loop=1"
-    device = device_folder(scratch / "device", broker.port, small(line_yaml(recording, trigger="free")))
+    device = device_folder(scratch / "device", broker.port, line_yaml(recording, trigger="free"))
     points = []
     with subscribing(broker.port, "soak") as subscriber, DaemonProcess(device) as daemon:
         assert daemon.process is not None
@@ -209,8 +210,9 @@ def main() -> None:
     parser.add_argument("what", choices=VERBS)
     parser.add_argument("--parts", type=int, help="of each round; of soak, in all")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--threads", type=int, help="of ONNX Runtime, for throughput")
     given = parser.parse_args()
-    what, asked = given.what, {key: getattr(given, key) for key in ("parts", "rounds") if getattr(given, key) is not None}
+    what, asked = given.what, {key: value for key, value in vars(given).items() if key != "what" and value is not None}
     with tempfile.TemporaryDirectory(prefix="edge-inspector-") as folder:
         broker = Mosquitto(Path(folder) / "mosquitto").start()
         try:

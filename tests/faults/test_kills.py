@@ -14,12 +14,6 @@ from edge_inspector.subscriber import Subscriber
 from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, listening, subscribing, until
 
 LONG = bool(os.environ.get("EDGE_INSPECTOR_LONG"))
-SMALL_ROI = ", rectangle: {x_px: 32, y_px: 32, w_px: 64, h_px: 64}"
-
-
-def small(line: str) -> str:
-    """One tile per part, so that the rate does not depend on the network."""
-    return line.replace("{bundle: paper}", f"{{bundle: paper{SMALL_ROI}}}")
 
 
 def drained(subscriber: Subscriber, found: list[Result], stop: threading.Event) -> threading.Thread:
@@ -41,7 +35,7 @@ def on_disk(folder: Path) -> list[Result]:
 
 def test_kill_9_of_the_daemon_under_load_loses_no_result_and_no_trigger(tmp_path: Path, mosquitto: Mosquitto) -> None:
     kills = 20 if LONG else 4
-    folder = device_folder(tmp_path / "device", mosquitto.port, small(line_yaml("synthetic://?seed=1", expires_ms=2000)))
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml("synthetic://?seed=1", expires_ms=2000))
     found: list[Result] = []
     stop = threading.Event()
     sent: list[str] = []
@@ -80,7 +74,7 @@ def test_kill_9_of_the_daemon_under_load_loses_no_result_and_no_trigger(tmp_path
 
 def test_broker_kills_and_an_outage_lose_nothing_and_keep_the_order(tmp_path: Path, mosquitto: Mosquitto) -> None:
     kills, outage_s = (5, 60.0) if LONG else (2, 4.0)
-    folder = device_folder(tmp_path / "device", mosquitto.port, small(line_yaml("synthetic://?fps=50&seed=1", trigger="free")))
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml("synthetic://?fps=50&seed=1", trigger="free"))
     found: list[Result] = []
     stop = threading.Event()
     with subscribing(mosquitto.port) as subscriber, DaemonProcess(folder) as daemon:
