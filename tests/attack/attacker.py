@@ -130,7 +130,13 @@ def make_world(world: Path, port: int) -> Path:
         f"sources: {{folders: [../listed], hosts: [{LISTED_HOST}], gentl: {{vendor: none.cti}}, "
         'gst: {belt: "videotestsrc is-live=true ! video/x-raw,width=32,height=32,framerate=5/1"}}\n'
     )
-    own = line(1, {"press": {"top": {"uri": "dir://../listed/own?loop=1&fps=2"}}, "belt": {"top": {"uri": "gst:belt"}}})
+    own = line(
+        1,
+        {
+            "press": {"top": {"uri": "dir://../listed/own?loop=1&fps=2"}},
+            "belt": {"top": {"uri": "gst:belt", "timeout_ms": 20_000}},
+        },
+    )
     (device / "line.yaml").write_text(json.dumps(own))
     return device / "device.yaml"
 
@@ -227,7 +233,7 @@ def main() -> None:
     try:
         with listening(broker.port) as listener:
             attack = Attack(listener)
-            until(lambda: set(_states(listener).values()) == {"streaming"}, 180, "the line's own cameras")
+            until(lambda: set(_states(listener).values()) == {"streaming"}, 300, "the line's own cameras")
             attack.send({name: {"top": camera} for name, camera in admissible().items()})
             states = until(lambda: _tried(listener), 180, "every listed camera tried")
             attack.settle()
