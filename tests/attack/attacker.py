@@ -41,7 +41,7 @@ READ_BY_LIBRARIES = {
     "/etc/ld.so.cache", "/etc/ld.so.preload", "/etc/localtime", "/etc/timezone", "/etc/hosts", "/etc/host.conf", "/etc/nsswitch.conf",
     "/etc/resolv.conf", "/etc/gai.conf", "/etc/ssl/openssl.cnf", "/etc/ssl/certs", "/etc/protocols", "/etc/services", "/etc/mime.types",
     "/etc/machine-id", "/etc/os-release", "/etc/passwd", "/etc/group", "/etc/locale.alias", "/etc/openni2/OpenNI.ini", "/etc/libva.conf",
-    "/tmp", "/var/tmp", "/etc/drirc",
+    "/etc/gitconfig", "/tmp", "/var/tmp", "/etc/drirc",
 }  # fmt: skip
 """Opened by the C library, glib, OpenCV and GStreamer's plugins of their own accord; the last folders to see whether they are there."""
 
@@ -191,6 +191,7 @@ def outside(events: list[list[Any]], world: Path) -> list[str]:
         "/sys", "/dev", str(world / "device"), str(world / "listed"), "/etc/ssl/certs", "/etc/fonts", "/var/cache/fontconfig", "/etc/OpenCL", "/etc/vulkan",
     ]  # fmt: skip
     writes = [str(world / "device" / "state"), str(world / "device" / "log"), "/dev"]
+    reads.append(str(Path(sys.prefix).parent / ".git"))  # harvesters asks git for its version where it is in a checkout
     named = re.compile(r"/proc/[0-9]+/task/[0-9]+/comm")  # a thread's name
     exact = {*READ_BY_LIBRARIES, str(REPOSITORY), "/", "/etc"}
 
