@@ -10,7 +10,6 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote
 
 from edge_inspector.errors import CameraError
@@ -89,10 +88,6 @@ class Address:
             raise CameraError(f"{bare(scheme)}: the address holds a #", hint="# must be written %23")
         rest = rest.removeprefix("//")
         return _stream(scheme, rest) if scheme in STREAMS else _local(scheme, rest)
-
-    def path(self, base: Path) -> Path:
-        """The place as a path; a relative one starts at `base`."""
-        return base / self.place
 
     def number(self, name: str, default: float) -> float:
         """A numeric option. Raises CameraError."""

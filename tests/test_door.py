@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from edge_inspector import addresses, confinement
 from edge_inspector.cameras import open_source
+from edge_inspector.cameras.sources import direct_source
 from edge_inspector.cameras.synthetic import draw_part
 from edge_inspector.config import CameraConfig, DeviceConfig, LineConfig, load_device, parse_line
 from edge_inspector.door import Door, NotListed, Sources, listing, typed
@@ -183,7 +184,7 @@ def test_no_password_of_an_address_is_told(uri: str, tmp_path: Path) -> None:
     everything = Sources(folders=("/",), hosts=("127.0.0.1", "h", "10.0.0.5", SECRET), unconfined=True)
     for door in (Door(Sources(), tmp_path), Door(everything, tmp_path)):
         quick = config.model_copy(update={"timeout_ms": 50})
-        with closing(open_source(quick, door.admit)) as source, pytest.raises(CameraError) as caught:
+        with closing(direct_source(quick, door.admit)) as source, pytest.raises(CameraError) as caught:
             source.open()
         assert SECRET.lower() not in str(caught.value).lower()
     assert SECRET.lower() not in config.name.lower()

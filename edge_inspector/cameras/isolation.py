@@ -117,19 +117,17 @@ class IsolatedSource:
         return _as_told(Info(**message["info"]))
 
     def _folder(self) -> Path:
-        """The child's own folder, empty. Raises CameraError."""
-        try:
-            if self._own is None:
-                self._made = Path(tempfile.mkdtemp(prefix="edge-inspector-camera-"))
-            else:
-                shutil.rmtree(self._own, ignore_errors=True)
-                self._own.mkdir(mode=0o700, parents=True)
-                self._made = self._own
+        """The child's own folder, empty; on a full disk it is not there, and the child writes nowhere."""
+        if self._own is None:
+            self._made = Path(tempfile.mkdtemp(prefix="edge-inspector-camera-"))
+            return self._made
+        shutil.rmtree(self._own, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._own.mkdir(mode=0o700, parents=True)
             if self._cache is not None:
                 self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise CameraError(f"{self.config.name}: no folder for its process: {error.strerror}") from error
-        return self._made
+        self._made = self._own
+        return self._own
 
     def read(self, timeout_s: float) -> Frame | None:
         """The next frame, copied out of the ring. Raises CameraEnded, CameraError (also when the child died)."""
@@ -211,10 +209,12 @@ class IsolatedSource:
         """
         child, self._child = self._child, None
         made, self._made = self._made, None
+        if child is not None:
+            self._end(child)
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
-        if child is None:
-            return
+
+    def _end(self, child: subprocess.Popen[bytes]) -> None:
         self._socket.close()
         self._ring = None
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -41,7 +41,7 @@ READ_BY_LIBRARIES = {
     "/etc/ld.so.cache", "/etc/ld.so.preload", "/etc/localtime", "/etc/timezone", "/etc/hosts", "/etc/host.conf", "/etc/nsswitch.conf",
     "/etc/resolv.conf", "/etc/gai.conf", "/etc/ssl/openssl.cnf", "/etc/ssl/certs", "/etc/protocols", "/etc/services", "/etc/mime.types",
     "/etc/machine-id", "/etc/os-release", "/etc/passwd", "/etc/group", "/etc/locale.alias", "/etc/openni2/OpenNI.ini", "/etc/libva.conf",
-    "/tmp", "/var/tmp", "/etc/drirc",
+    "/etc/gitconfig", "/tmp", "/var/tmp", "/etc/drirc",
 }  # fmt: skip
 """Opened by the C library, glib, OpenCV and GStreamer's plugins of their own accord; the last folders to see whether they are there."""
 
@@ -130,7 +130,13 @@ def make_world(world: Path, port: int) -> Path:
         f"sources: {{folders: [../listed], hosts: [{LISTED_HOST}], gentl: {{vendor: none.cti}}, "
         'gst: {belt: "videotestsrc is-live=true ! video/x-raw,width=32,height=32,framerate=5/1"}}\n'
     )
-    own = line(1, {"press": {"top": {"uri": "dir://../listed/own?loop=1&fps=2"}}, "belt": {"top": {"uri": "gst:belt"}}})
+    own = line(
+        1,
+        {
+            "press": {"top": {"uri": "dir://../listed/own?loop=1&fps=2"}},
+            "belt": {"top": {"uri": "gst:belt", "timeout_ms": 20_000}},
+        },
+    )
     (device / "line.yaml").write_text(json.dumps(own))
     return device / "device.yaml"
 
@@ -185,6 +191,7 @@ def outside(events: list[list[Any]], world: Path) -> list[str]:
         "/sys", "/dev", str(world / "device"), str(world / "listed"), "/etc/ssl/certs", "/etc/fonts", "/var/cache/fontconfig", "/etc/OpenCL", "/etc/vulkan",
     ]  # fmt: skip
     writes = [str(world / "device" / "state"), str(world / "device" / "log"), "/dev"]
+    reads.append(str(Path(sys.prefix).parent / ".git"))  # harvesters asks git for its version where it is in a checkout
     named = re.compile(r"/proc/[0-9]+/task/[0-9]+/comm")  # a thread's name
     exact = {*READ_BY_LIBRARIES, str(REPOSITORY), "/", "/etc"}
 
@@ -227,7 +234,7 @@ def main() -> None:
     try:
         with listening(broker.port) as listener:
             attack = Attack(listener)
-            until(lambda: set(_states(listener).values()) == {"streaming"}, 180, "the line's own cameras")
+            until(lambda: set(_states(listener).values()) == {"streaming"}, 300, "the line's own cameras")
             attack.send({name: {"top": camera} for name, camera in admissible().items()})
             states = until(lambda: _tried(listener), 180, "every listed camera tried")
             attack.settle()
