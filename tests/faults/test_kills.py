@@ -14,7 +14,7 @@ from edge_inspector.subscriber import Subscriber
 from tests.line import DaemonProcess, Mosquitto, device_folder, line_yaml, listening, subscribing, until
 
 LONG = bool(os.environ.get("EDGE_INSPECTOR_LONG"))
-SMALL_ROI = ", rectangle: {x_px: 32, y_px: 32, w_px: 64, h_px: 64}"
+SMALL_ROI = ", rectangle: {x_px: 8, y_px: 8, w_px: 104, h_px: 104}"
 
 
 def small(line: str) -> str:
