@@ -325,7 +325,7 @@ def test_a_bright_12_bit_camera_gets_blots_within_its_scale_and_pictures_that_ev
         assert found.detection is not None
         assert found.detection.auroc > 0.5
         pictures.write(tmp_path / "drawn" / "test" / "good" / "eight.png", np.full((48, 48), 200, np.uint8))
-        with pytest.raises(FormatError, match="8-bit frame, but the intensity window reaches to 4095"):
+        with pytest.raises(FormatError, match="8-bit frame, the bundle was trained on 16 bit"):
             training.evaluate(engine, tmp_path / "drawn")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -112,12 +112,12 @@ def score_of(level: int) -> float:
 
 def tiny_bundle(
     folder: Path, *, name: str = "tiny", weight: float = 1.0, threshold: float = 0.5, levels: tuple[int, ...] = (140, 220),
-    place: str = "", **manifest: Any,
+    place: str = "", channels: Literal[1, 3] | None = None, **manifest: Any,
 ) -> Bundle:  # fmt: skip
     """A signed bundle in folder/PLACE, its name if none is given, trusted by folder/trust, with a sample of each level."""
     samples = {f"sample-{level}.png": (picture(level), score_of(level)) for level in levels}
     spec = InputSpec(height=SIDE, width=SIDE)
-    return _signed(folder, name, graph(weight), spec, samples, threshold, place or name, **manifest)
+    return _signed(folder, name, graph(weight), spec, samples, threshold, place or name, channels, **manifest)
 
 
 def _signed(
@@ -128,6 +128,7 @@ def _signed(
     shown: dict[str, tuple[NDArray[np.uint8], float]],
     threshold: float,
     where: str = "",
+    channels: Literal[1, 3] | None = None,
     **more: Any,
 ) -> Bundle:
     place = folder / (where or name)
@@ -136,7 +137,10 @@ def _signed(
     for file, (image, _) in shown.items():
         pictures.write(place / file, image)
     samples = [Sample(file=file, score=score, verdict=judge(score, threshold)[0]) for file, (_, score) in shown.items()]
-    trained = TrainedOn(digest="0", pictures=1, height_px=spec.height, width_px=spec.width, depth_bits=8)
+    trained = TrainedOn(
+        digest="0", pictures=1, height_px=spec.height, width_px=spec.width, depth_bits=8, aspects=(0.1, 10.0),
+        sizes=((8, 8), (8192, 8192)), channels=channels,
+    )  # fmt: skip
     manifest = Manifest(**{
         "schema": "ei.bundle.v1", "name": name, "release": 1, "product": "tiny", "created_at": utc_now(), "input": spec,
         "network": f"{name}: by hand", "threshold": threshold, "scale": 1.0, "samples": tuple(samples), "training": trained,

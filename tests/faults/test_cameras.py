@@ -139,10 +139,17 @@ class Line:
         raise AssertionError(f"no part judged within {timeout_s} s: {self.camera.state}, {self.camera.fault}")
 
 
+def fitting(rig: Rig, folder: Path) -> Bundle:
+    """A bundle for the colours that this camera gives."""
+    with opened(configured(rig)) as seen:
+        info = until(lambda: seen.info, 30, "its format")
+    return tiny_bundle(folder, channels=1 if info.channels == 1 else 3)
+
+
 @pytest.mark.parametrize(("rig", "fault"), SHOWN, indirect=["rig"])
 def test_during_a_fault_each_trigger_gets_one_record_and_none_passes(rig: Rig, fault: str, tmp_path: Path) -> None:
     with ExitStack() as stack:
-        line = Line({"top": configured(rig)}, tiny_bundle(tmp_path), stack)
+        line = Line({"top": configured(rig)}, fitting(rig, tmp_path), stack)
         line.until_passing(30)
         epoch = line.camera.counts.reopened
         rig.do(fault)
@@ -172,7 +179,7 @@ def test_during_a_fault_each_trigger_gets_one_record_and_none_passes(rig: Rig, f
 @pytest.mark.parametrize("rig", ["aravis-triggered"], indirect=True)
 def test_an_image_that_never_comes_is_its_parts_trouble_and_no_fault_of_the_camera(rig: Aravis, tmp_path: Path) -> None:
     with ExitStack() as stack:
-        line = Line({"top": configured(rig)}, tiny_bundle(tmp_path), stack)
+        line = Line({"top": configured(rig)}, fitting(rig, tmp_path), stack)
         line.until_passing(30)
         counts = line.camera.counts
         before = (counts.missing, counts.reopened)

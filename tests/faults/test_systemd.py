@@ -29,7 +29,7 @@ WATCHDOG_S = 10.0
 RESTART_S = 0.5
 SLACK_S = 1.0
 """What systemd itself, and two shared cores, may add."""
-LINE = line_yaml("synthetic://?seed=1&fps=20", trigger="free", bundle="coded")
+LINE = line_yaml("synthetic://?seed=1&fps=20&grey=1", trigger="free", bundle="coded")
 PASSWORD = ", username: edge, password_file: credentials/broker-password"
 
 
