@@ -8,8 +8,9 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_inspector import health, outputs
+from edge_inspector import health, outputs, rehearsal
 from edge_inspector.bundles import Bundle, in_folder, open_bundle
 from edge_inspector.config import Device, LineConfig, load_device, load_line
 from edge_inspector.errors import CameraError, InspectorError
@@ -52,7 +53,7 @@ def check_device(config: Path) -> list[Finding]:
         device = load_device(config)
     except InspectorError as error:
         return [_faulty(str(config), error)]
-    findings = [Finding(str(config), True, "valid"), _broker(device)]
+    findings = [Finding(str(config), True, "valid"), _broker(device), *_rehearsed(device)]
     try:
         line = load_line(device.line_file)
     except InspectorError as error:
@@ -64,6 +65,23 @@ def check_device(config: Path) -> list[Finding]:
     findings += _cameras(device, line, bundles)
     findings += _outputs(device, line)
     return findings
+
+
+def _rehearsed(device: Device) -> Iterator[Finding]:
+    """What the daemon takes at its start; of one that runs, nothing is taken away."""
+    metrics, runs = device.config.metrics, rehearsal.is_running(device)
+    yield _tried(f"state {device.state}", partial(rehearsal.state_written, device.state))
+    if metrics is not None and not runs:
+        thing = f"metrics port {metrics.port}"
+        yield _tried(thing, partial(rehearsal.metrics_served, metrics))
+    yield _tried("engine", partial(rehearsal.engine_run, device.config.engine))
+
+
+def _tried(thing: str, work: Callable[[], str]) -> Finding:
+    try:
+        return Finding(thing, True, work())
+    except InspectorError as error:
+        return _faulty(thing, error)
 
 
 def _broker(device: Device) -> Finding:

@@ -22,7 +22,7 @@ LINES = [
     {"setting"},
     {"recorder"},
     {"training", "wiring", "remote"},
-    {"shadow", "replay", "attempts"},
+    {"shadow", "replay", "attempts", "rehearsal"},
     {"station"},
     {"updates"},
     {"daemon"},
