@@ -291,15 +291,19 @@ def _check_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     return held
 
 
-def _check_signature(folder: Path, data: bytes, trust: Path) -> str:
+def _signature(folder: Path) -> Signature:
     path = folder / SIGNATURE
     if not path.exists():
         raise BundleUntrusted(f"{folder}: not signed", hint="sign it: edge-inspector sign BUNDLE --key KEY")
     try:
-        said = read_json(_bytes_of(path, MAX_BYTES), str(path))
-        return signatures.verify(validate(Signature, said, str(path)), data, trusted_keys(trust))
+        return validate(Signature, read_json(_bytes_of(path, MAX_BYTES), str(path)), str(path))
     except SchemaError as error:
         raise BundleUntrusted(f"{path}: not a signature file: {error}") from error
+
+
+def _check_signature(folder: Path, data: bytes, trust: Path) -> str:
+    try:
+        return signatures.verify(_signature(folder), data, trusted_keys(trust))
     except SignatureError as error:
         raise BundleUntrusted(f"{folder}: {error.message}", hint=error.hint) from error
 
@@ -311,6 +315,16 @@ def signed_manifest(folder: Path, trust: Path) -> Manifest:
     manifest = _manifest(data, folder)
     _check_names(folder, manifest)
     return manifest
+
+
+def looked_through(folder: Path) -> tuple[Manifest, str]:
+    """The manifest of a bundle whose files are what it says, and who claims to have signed it.
+
+    Where no trusted keys are at hand; nothing may run of it. Raises BundleError.
+    """
+    signature, manifest = _signature(folder), _manifest(_manifest_bytes(folder), folder)
+    _check_files(folder, manifest)
+    return manifest, signature.key_id
 
 
 def open_bundle(folder: Path, trust: Path, *, now: datetime | None = None, clock_ok: bool = True) -> Bundle:

@@ -7,8 +7,9 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_inspector import confinement, health, messages, outputs
+from edge_inspector import confinement, health, messages, outputs, rehearsal
 from edge_inspector.access import access_of
 from edge_inspector.broker import Broker
 from edge_inspector.bundles import Bundle, in_folder, open_bundle
@@ -65,7 +66,7 @@ def check_device(config: Path) -> list[Finding]:
         device = load_device(config)
     except InspectorError as error:
         return [_faulty(str(config), error)]
-    findings = [Finding(str(config), True, "valid"), *_broker(device), *_orders(device)]
+    findings = [Finding(str(config), True, "valid"), *_broker(device), *_orders(device), *_rehearsed(device)]
     try:
         line = load_line(device.line_file)
     except InspectorError as error:
@@ -90,6 +91,23 @@ def _evidence_group(device: Device) -> Iterator[Finding]:
         yield Finding("evidence", True, f"can be read by the group {group}")
     except InspectorError as error:
         yield _faulty("evidence", error)
+
+
+def _rehearsed(device: Device) -> Iterator[Finding]:
+    """What the daemon takes at its start; of one that runs, nothing is taken away."""
+    metrics, runs = device.config.metrics, rehearsal.is_running(device)
+    yield _tried(f"state {device.state}", partial(rehearsal.state_written, device.state))
+    if metrics is not None and not runs:
+        thing = f"metrics port {metrics.port}"
+        yield _tried(thing, partial(rehearsal.metrics_served, metrics))
+    yield _tried("engine", partial(rehearsal.engine_run, device.config.engine))
+
+
+def _tried(thing: str, work: Callable[[], str]) -> Finding:
+    try:
+        return Finding(thing, True, work())
+    except InspectorError as error:
+        return _faulty(thing, error)
 
 
 def _broker(device: Device) -> Iterator[Finding]:

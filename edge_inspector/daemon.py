@@ -61,6 +61,7 @@ PATIENCE_S = 5.0
 HEALTH_EVERY_S = 10.0
 """Health is published when its reasons change, and this often for its counters."""
 _LOOK_S = 0.5
+_WAKE_S = 0.05
 _STEP_S = 10.0
 """A step of updates that takes longer is told; at the end it is not waited for any longer."""
 _APART_S = 10.0
@@ -435,6 +436,14 @@ class _Updating:
         """Whether the line must be made anew, or `failure` says why updates have ended."""
         return not self._thread.is_alive()
 
+    def waited(self, stop: threading.Event) -> bool:
+        """Until the next look, or the end of updates: what is in force has changed then. True: it is to stop."""
+        end = time.monotonic() + _LOOK_S
+        while not stop.wait(_WAKE_S):
+            if self.is_over or time.monotonic() > end:
+                return False
+        return True
+
     def raise_failure(self) -> None:
         """Raise what has ended updates."""
         if self.failure is not None:
@@ -477,12 +486,11 @@ class _Updating:
 def _serve(current: _Line, updates: Updates, stop: threading.Event, reload: threading.Event, *, until_ended: bool) -> bool:
     """Look after a line until it ends; returns whether to go on with another configuration."""
     with _Updating(updates, current, reload) as updating:
-        while not stop.wait(_LOOK_S):
-            failures = current.look(updating.causes())
-            if until_ended and all(station.ended.is_set() for station in current.stations.values()):
-                return False
+        while not updating.waited(stop):
             if updating.is_over:
                 updating.raise_failure()
                 return True
-            updating.look(failures)
+            updating.look(current.look(updating.causes()))
+            if until_ended and all(station.ended.is_set() for station in current.stations.values()):
+                return False
     return False

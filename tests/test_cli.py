@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import jsonschema
@@ -44,6 +46,31 @@ def test_init_writes_what_check_understands_and_never_overwrites(tmp_path: Path)
     again = run("init", cwd=tmp_path)
     assert again.returncode == 2
     assert "never overwrites" in again.stderr
+
+
+def test_check_tries_what_the_daemon_takes_at_its_start(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        (tmp_path / "file").touch()
+        folder = device_folder(
+            tmp_path / "device", mosquitto.port, line_yaml(),
+            extra=f"metrics: {{port: {port}}}\nengine: {{runtime: tensorrt}}\nstorage: {{folder: {tmp_path / 'file' / 'state'}}}\n",
+        )  # fmt: skip
+        done = run("check", "--json", "--config", str(folder / "device.yaml"))
+    found = {f["thing"]: f for f in json.loads(done.stdout)}
+    assert done.returncode == 1
+    assert "Address already in use" in found[f"metrics port {port}"]["text"]
+    assert "cannot be written" in found[f"state {tmp_path / 'file' / 'state'}"]["text"]
+    assert "TensorRT cannot run here" in found["engine"]["text"] or found["engine"]["ok"], "where there is an NVIDIA GPU"
+    text = (folder / "device.yaml").read_text().replace("tensorrt", "tensorrt, fallback: true")
+    (folder / "device.yaml").write_text("\n".join(x for x in text.splitlines() if not x.startswith("storage:")))
+    done = run("check", "--json", "--config", str(folder / "device.yaml"))
+    assert all(f["ok"] for f in json.loads(done.stdout)), done.stdout
+    assert not (folder / "state").exists(), "nothing is left behind"
+
+
+def test_the_program_says_its_version() -> None:
+    assert run("--version").stdout == f"edge-inspector {version('edge-inspector')}\n"
 
 
 def test_check_tries_broker_cameras_bundles_and_recipes(tmp_path: Path, mosquitto: Mosquitto) -> None:

@@ -30,7 +30,7 @@ LINES = [
     {"setting"},
     {"recorder", "readiness"},
     {"training", "wiring", "remote"},
-    {"shadow", "replay", "attempts"},
+    {"shadow", "replay", "attempts", "rehearsal"},
     {"station"},
     {"updates"},
     {"daemon"},

@@ -248,5 +248,16 @@ def test_people_roll_a_release_out_and_see_how_far_it_is(tmp_path: Path, mosquit
             assert "the device's own" in edge("remote", "reset", "--bundle", "tiny", "--yes", *there)
             bad = plant.release(3)
             (bad / "signature").unlink()
-            assert "not signed" in edge("rollout", bad, *there, code=1)
+            assert "not signed" in edge("rollout", bad, *there, code=2), "said before it is sent"
+            bundles.sign(bad, signatures.read_private_key(plant.made / "keys" / "signing.key"))
+            (bad / "report.html").write_bytes(b"x")
+            assert "does not list" in edge("rollout", bad, *there, code=2)
+            (bad / "report.html").unlink()
+            signatures.create_key(tmp_path / "other.key", tmp_path / "nowhere")
+            bundles.sign(bad, signatures.read_private_key(tmp_path / "other.key"))
+            assert "not trusted" in edge("rollout", bad, *there, code=1), "only the device knows whom it trusts"
+            with_keys = (*there[:-1], plant.device / "device.yaml")
+            assert "not trusted" in edge("rollout", bad, *with_keys, code=2), "here they are known"
+            bundles.sign(bad, signatures.read_private_key(plant.made / "keys" / "signing.key"))
+            assert "parts: 0 judged differently" in edge("rollout", bad, *there, "--shadow-parts", "15")
     assert "No such file" in edge("rollout", tmp_path / "nothing", *there, code=2)

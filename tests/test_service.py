@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from edge_inspector import health
 from edge_inspector.cli import service
@@ -71,7 +73,7 @@ def test_a_daemon_whose_notify_socket_is_lost_judges_on_and_says_when_its_statio
     ):
         until(lambda: "station sheet is not ready: " in daemon.log, what="why it is not ready")
         assert "ready: sheet" not in daemon.log
-        assert "started: stations sheet; configuration version 0" in daemon.log
+        until(lambda: "started: stations sheet; configuration version" in daemon.log, what="a start")
         shutil.move(tmp_path / "tiny", folder / "bundles" / "tiny")
         assert daemon.process is not None
         daemon.process.send_signal(signal.SIGHUP)
@@ -121,13 +123,37 @@ def test_the_unit_is_exposed_as_little_as_a_daemon_with_cameras_gpu_and_network_
 
 
 def test_a_program_elsewhere_is_what_the_unit_runs_and_a_dry_run_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    service.install("press-1", dry_run=True)
+    with pytest.raises(typer.Exit) as ended:
+        service.install("press-1", dry_run=True)
+    assert ended.value.exit_code == 1
     told = capsys.readouterr()
+    assert "would be refused: /etc/edge-inspector/press-1/device.yaml: is not there" in told.err.replace("\n", " ")
     assert f"ExecStart={Path(sys.executable).parent}/edge-inspector run --config /etc/edge-inspector/%i/device.yaml" in told.out
     assert "would run: systemctl restart edge-inspector@press-1.service" in told.err
     assert not (service.UNITS / service.TEMPLATE).exists()
     service.uninstall("press-1", dry_run=True)
     assert "would run: systemctl disable --now" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_all_that_install_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    needed(os.geteuid() == 0 or None, "root: it writes below /etc")
+    folder = service.CONFIGURATIONS / f"dry-run-{os.getpid()}"
+    made = not service.CONFIGURATIONS.exists()
+    try:
+        device_folder(folder, 1, "stations: {", extra="storage: {folder: /data}\n")
+        (folder / "keys").mkdir()
+        (folder / "keys" / "signing.key").write_text("x")
+        (folder / "keys" / "signing.key").chmod(0o644)
+        (folder / "state").mkdir(exist_ok=True)
+        (folder / "state" / "outbox.db").touch()
+        (folder / "trust").mkdir(mode=0o700)
+        with pytest.raises(typer.Exit):
+            service.install(folder.name, dry_run=True)
+    finally:
+        shutil.rmtree(service.CONFIGURATIONS if made else folder)
+    told = " ".join(capsys.readouterr().err.split())
+    for words in ("line.yaml: 1 fault", "state in /data", "results and orders of before", "signing.key: others can read it"):
+        assert words in told, told
 
 
 def test_records_reach_the_journal_with_their_fields_and_never_wait_for_it(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import threading
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -20,6 +22,23 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"edge-inspector {version('edge-inspector')}")  # noqa: T201 - data, for stdout
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="say which version this is")
+    ] = False,
+) -> None:
+    """Visual inspection on the line: camera frames in, pass/fail per part over MQTT."""
+
+
 for _verb in (
     online.init,
     online.check,

@@ -20,15 +20,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from edge_inspector.bundles import MANIFEST, MAX_MANIFEST_BYTES, Manifest
+from edge_inspector.bundles import Manifest, looked_through, open_bundle
 from edge_inspector.cli.shown import ConfigOption, JsonOption, err, out, phases, print_json, progress_bar
 from edge_inspector.config import Device, DeviceConfig, LineConfig, load_device, parse_line, read_document
 from edge_inspector.errors import InspectorError
 from edge_inspector.messages import AuditEntry, BundleDesired, BundleReported, ConfigDesired, ConfigReported, Topics
 from edge_inspector.mqtt import Connection
 from edge_inspector.remote.client import CONFIGURATION, Difference, R, Remote, differences
-from edge_inspector.schema import read_json, read_yaml, validate
-from edge_inspector.signatures import Ed25519PrivateKey, read_private_key
+from edge_inspector.schema import read_yaml, validate
+from edge_inspector.signatures import Ed25519PrivateKey, read_private_key, trusted_keys
 
 app = typer.Typer(
     name="remote",
@@ -243,11 +243,7 @@ def rollout(
     key: KeyOption = None, by: ByOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Bring a release of a bundle to a device: fetched, verified, built, compared with the one in force, then on trial."""
-    manifest = validate(
-        Manifest,
-        read_json(read_document(bundle / MANIFEST, "the folder of a bundle is expected"), str(bundle), MAX_MANIFEST_BYTES),
-        str(bundle),
-    )
+    manifest = _sound(bundle, config)
     order = BundleDesired(
         by="?", bundle=manifest.name, release=manifest.release, source=source or str(bundle.resolve()),
         shadow_parts=shadow_parts, max_disagreements=max_disagreements, confirm_s=confirm_s, confirm_parts=confirm_parts,
@@ -276,6 +272,18 @@ def rollout(
             f"those in force {shadow.old_ms} ms"
         )  # fmt: skip
     _conclude(told, as_json=as_json)
+
+
+def _sound(bundle: Path, config: Path) -> Manifest:
+    """The manifest of a bundle that may be sent. Raises BundleError for one that no device would take."""
+    trust = load_device(config).trust if config.exists() else None
+    if not bundle.is_dir():
+        raise InspectorError(f"{bundle}: No such file or directory", hint="the folder of a bundle is expected")
+    if trust is not None and trusted_keys(trust):
+        return open_bundle(bundle, trust).manifest
+    manifest, signer = looked_through(bundle)
+    err.print(f"signed by key {signer}; no trusted keys are here, so the device alone can tell whether it trusts it")
+    return manifest
 
 
 @contextmanager

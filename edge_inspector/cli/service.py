@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edge_inspector.cli.shown import JsonOption, err, out, print_json
-from edge_inspector.config import CREDENTIALS
+from edge_inspector.config import CREDENTIALS, Device
 from edge_inspector.errors import InspectorError
 
 app = typer.Typer(
@@ -83,9 +84,10 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def _refuse_user() -> None:
+def _no_user() -> Iterator[InspectorError]:
     if os.geteuid() != 0:
-        raise InspectorError("services are root's business", hint="run it as root: sudo; --dry-run shows what would be done")
+        hint = "run it as root: sudo; --dry-run shows what would be done"
+        yield InspectorError("services are root's business", hint=hint)
 
 
 def _checked_name(name: str) -> str:
@@ -104,47 +106,81 @@ def _program() -> Path:
     return Path(sys.executable).parent / "edge-inspector"
 
 
-def _refuse_program() -> None:
-    """Raises InspectorError where the service could not run its own program."""
+def _no_program() -> Iterator[InspectorError]:
+    """Why the service could not run its own program."""
     program, package = _program(), Path(str(resources.files("edge_inspector")))
     hint = "install it elsewhere: python3 -m venv /opt/edge-inspector && /opt/edge-inspector/bin/pip install ."
-    for path in (program, Path(sys.executable).resolve(), package.resolve()):
+    for path in dict.fromkeys((program, Path(sys.executable).resolve(), package.resolve())):
         if str(path).startswith(tuple(f"{folder}/" for folder in _HIDDEN)):
-            raise InspectorError(f"{path}: the service sees no home and no /tmp", hint=hint)
+            yield InspectorError(f"{path}: the service sees no home and no /tmp", hint=hint)
     if not program.exists() or re.search(r"[\s%\"']", str(program)):
-        raise InspectorError(f"{program}: not there, or no path for a unit", hint=hint)
+        yield InspectorError(f"{program}: not there, or no path for a unit", hint=hint)
+    if shutil.which("systemctl") is None:
+        yield InspectorError("systemctl is not here", hint="this machine does not run systemd")
 
 
-def _readable(folder: Path) -> None:
-    """Whether the service's own user can read the documents of the device. Raises InspectorError."""
+def _no_documents(folder: Path) -> Iterator[InspectorError]:
+    """Why the service could not begin with the documents of the device."""
     from edge_inspector.config import load_device, load_line  # noqa: PLC0415
 
-    device = load_device(folder / "device.yaml")
-    if not device.line_file.exists():
-        raise InspectorError(f"{device.line_file}: is not there", hint="edge-inspector init writes a first one")
-    load_line(device.line_file)
+    if not (folder / "device.yaml").exists():
+        hint = f"edge-inspector init {folder}, or copy the folder that you have commissioned there"
+        yield InspectorError(f"{folder / 'device.yaml'}: is not there", hint=hint)
+        return
+    try:
+        device = load_device(folder / "device.yaml")
+    except InspectorError as error:
+        yield error
+        return
+    try:
+        if device.line_file.exists():
+            load_line(device.line_file)
+        else:
+            hint = "edge-inspector init writes a first one"
+            yield InspectorError(f"{device.line_file}: is not there", hint=hint)
+    except InspectorError as error:
+        yield error
+    yield from _no_state(folder, device)
+    yield from _unreadable(folder, device)
+
+
+def _no_state(folder: Path, device: Device) -> Iterator[InspectorError]:
     state = Path("/var/lib") / folder.relative_to("/etc")
     if device.state != state:
-        raise InspectorError(
+        yield InspectorError(
             f"{folder / 'device.yaml'}: state in {device.state}, but the service can write {state} only",
             hint="leave storage.folder out, and no link in the folder's path; move an older state there",
         )
     if (folder / "state" / "outbox.db").exists():
-        raise InspectorError(
+        yield InspectorError(
             f"{folder / 'state'}: results and orders of before", hint=f"take them along: mv {folder / 'state'} {state}"
         )
+
+
+def _unreadable(folder: Path, device: Device) -> Iterator[InspectorError]:
+    """What others can read and must not, and what the service's own user cannot read and must."""
     for key in (folder / "keys").glob("*.key"):
         if key.stat().st_mode & 0o077:
-            raise InspectorError(f"{key}: others can read it", hint=f"chmod 600 {key}, or take it away")
+            yield InspectorError(f"{key}: others can read it", hint=f"chmod 600 {key}, or take it away")
     trusted = {device.trust, device.folder / device.config.remote.trust}
     looked_at = [folder.parent, folder, folder / "device.yaml", device.line_file, *sorted(trusted), device.bundles]
     for path in (*looked_at, *(key for place in trusted for key in place.rglob("*")), *device.bundles.rglob("*")):
         needed = 0o005 if path.is_dir() else 0o004
         if path.exists() and path.stat().st_mode & needed != needed:
-            raise InspectorError(
+            yield InspectorError(
                 f"{path}: cannot be read by the service's own user",
                 hint=f"chmod a+rX {path}; secrets belong into {folder / CREDENTIALS}",
             )
+
+
+def _refusals(folder: Path) -> Iterator[InspectorError]:
+    """All that `install` refuses, in the order in which it would."""
+    yield from _no_user()
+    yield from _no_program()
+    try:
+        yield from _no_documents(folder)
+    except PermissionError as error:  # who is not root may not look everywhere
+        yield InspectorError(f"{error.filename}: {error.strerror}", hint="run it as root: sudo")
 
 
 def _secrets(name: str) -> list[Path]:
@@ -184,20 +220,19 @@ def _plan(name: str) -> _Plan:
 
 @app.command()
 def install(name: NameArgument, dry_run: DryRunOption = False) -> None:
-    """Write the unit, enable it, start it, and wait until it is up. Again after changing credentials/: start anew."""
+    """Write the unit, enable it, start it, and wait until it is up. Again after changing credentials/: start anew.
+
+    With --dry-run all that would be refused is said. Exit code 1: something would.
+    """
     folder = CONFIGURATIONS / _checked_name(name)
-    plan = _plan(name)
+    plan, refusals = _plan(name), list(_refusals(folder))
     if dry_run:
         plan.show()
-        return
-    _refuse_user()
-    _refuse_program()
-    if not (folder / "device.yaml").exists():
-        raise InspectorError(
-            f"{folder / 'device.yaml'}: is not there",
-            hint=f"edge-inspector init {folder}, or copy the folder that you have commissioned there",
-        )
-    _readable(folder)
+        for refusal in refusals:
+            err.print(f"would be refused: {refusal}", markup=False)
+        raise typer.Exit(1 if refusals else 0)
+    for refusal in refusals:
+        raise refusal
     try:
         plan.carry_out()
     except InspectorError as error:
@@ -250,7 +285,8 @@ def uninstall(name: NameArgument, dry_run: DryRunOption = False) -> None:
         plan.show()
         err.print(f"would remove {UNITS / TEMPLATE}, unless another instance is there")
         return
-    _refuse_user()
+    for refusal in _no_user():
+        raise refusal
     plan.carry_out()
     for drop_in in ("credentials.conf", "evidence.conf"):
         (UNITS / f"{unit}.d" / drop_in).unlink(missing_ok=True)
