@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -89,3 +90,17 @@ def test_a_disk_that_is_slow_for_remote_orders_keeps_no_heartbeat_waiting(tmp_pa
     during = [at for at in pings if began < at < began + took]
     gaps = [b - a for a, b in zip([began, *during], [*during, began + took], strict=True)]
     assert max(gaps) < 4, gaps
+
+
+def test_what_fails_before_a_release_is_tried_is_not_held_against_it(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    plant = Plant(tmp_path, mosquitto.port)
+    broken = '  broken: {trigger: software, product: tiny, products: {tiny: whole}, cameras: {top: {uri: "dir:///nowhere"}}}\n'
+    text = (plant.device / "line.yaml").read_text()
+    (plant.device / "line.yaml").write_text(text.replace("recipes:\n", f"{broken}recipes:\n"))
+    with listening(mosquitto.port) as listener, DaemonProcess(plant.device):
+        ready(listener)
+        until(lambda: any("broken/top" in str(told["reasons"]) for told in listener.of("health")), 30, "a fault")
+        want(listener, 2, plant.release(2), shadow_parts=0)
+        ended(listener, 2, "trial")
+        kept = json.loads((plant.device / "state" / "bundles" / "tiny" / "rollout.json").read_text())
+    assert kept["trial"]["failures"] == ["broken/top: camera_fault"], "else it would be rolled back after 15 s"
