@@ -101,8 +101,9 @@ class Inspector:
         manifest, box = self.engines[roi.bundle].bundle.manifest, plan.box if plan else _known_box(roi)
         return preprocess.broken_promise(manifest, roi.shape, roi.threshold, of_camera.intensity_window, box)
 
-    def refuse_shapes(self) -> None:
-        """Raise FormatError for a rectangle or polygon of another size than its bundle was trained on."""
+    @property
+    def misfit(self) -> preprocess.FormatError | None:
+        """What is wrong with a rectangle or polygon of another size than its bundle was trained on, where one is."""
         for camera, of_camera in self.recipe.cameras.items():
             for name, roi in of_camera.rois.items():
                 manifest, box = self.engines[roi.bundle].bundle.manifest, _known_box(roi)
@@ -110,7 +111,8 @@ class Inspector:
                     if box is not None:
                         preprocess.refuse_unlike(manifest.training, manifest.input, box)
                 except preprocess.FormatError as error:
-                    raise preprocess.FormatError(f"{camera}/{name}: {error.message}", hint=error.hint) from error
+                    return preprocess.FormatError(f"{camera}/{name}: {error.message}", hint=error.hint)
+        return None
 
     @property
     def promise(self) -> str:
@@ -310,9 +312,10 @@ class Inspectors:
             recipe = line.recipes[recipe_id]
             for bundle in sorted(recipe.bundles - set(engines)):
                 engines[bundle] = open_engine(bundle)
-            inspector = Inspector(recipe, engines)
-            inspector.refuse_shapes()
-            by_recipe[recipe_id] = (inspector, recipe.reference(recipe_id))
+            by_recipe[recipe_id] = (Inspector(recipe, engines), recipe.reference(recipe_id))
+        unfit = [inspector.misfit for inspector, _ in by_recipe.values()]
+        if all(unfit) and unfit[0] is not None:  # no product could be judged
+            raise unfit[0]
         return cls(by_recipe, engines, line.reference())
 
 
