@@ -287,8 +287,8 @@ recipes:
       top:
         mm_per_px: 0.05
         rois:
-          left: {{bundle: paper, rectangle: {{x_px: 0, y_px: 0, w_px: 64, h_px: 128}}}}
-          corner: {{bundle: paper, polygon: [[64, 0], [127, 0], [127, 100]], threshold: 50.0}}
+          left: {{bundle: paper, rectangle: {{x_px: 0, y_px: 0, w_px: 108, h_px: 128}}}}
+          corner: {{bundle: paper, polygon: [[8, 0], [127, 0], [127, 120]], threshold: 50.0}}
       side: {{rois: {{all: {{bundle: paper}}}}}}
   one: {{cameras: {{top: {{rois: {{all: {{bundle: paper}}}}}}}}}}
 """
