@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,23 +121,27 @@ def _looks_like_one(path: Path, start: bytes) -> bool:
     return bool(sniffed(start[:SIGNATURE_BYTES])) or path.suffix.lower() in _SUFFIXES
 
 
-def listed(folder: Path) -> Listing:
-    """As `listing`. Raises PictureError also where no picture is there."""
-    found = listing(folder)
+Follow = Callable[[Path], object]
+"""Asked before a link is followed, so that nothing behind it is looked at where it raises."""
+
+
+def listed(folder: Path, follow: Follow = lambda _: None) -> Listing:
+    """As `listing`. Raises PictureError also where no picture is there, and what `follow` raises."""
+    found = listing(folder, follow)
     if not found.taken:
         more = f"; {found.told[0]}" if found.told else ""
         raise PictureError(f"{printable(folder)}: no pictures in it{more}", hint="give the folder that holds the pictures")
     return found
 
 
-def listing(folder: Path) -> Listing:
+def listing(folder: Path, follow: Follow = lambda _: None) -> Listing:
     """The pictures of a folder and its subfolders, linked ones too, in name order. Raises PictureError without the folder.
 
     A picture is what begins as one, or has an ending of one. Linked folders are read once.
     """
     if not folder.is_dir():
         raise PictureError(f"{printable(folder)}: no such folder", hint="give the folder that holds the pictures")
-    walk = _Walk()
+    walk = _Walk(follow)
     walk.enter(folder)
     return Listing(folder, tuple(sorted(walk.taken)), tuple(sorted(walk.left_out, key=lambda one: one.path)))
 
@@ -146,6 +150,7 @@ def listing(folder: Path) -> Listing:
 class _Walk:
     """A walk through a folder: its own folders first, then linked ones that were not met on the way."""
 
+    follow: Follow
     taken: list[Path] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     _read: set[Path] = field(default_factory=set)
@@ -186,6 +191,8 @@ class _Walk:
             self._leave(path, "hidden, or of the system", harmless=True)
             return
         try:
+            if path.is_symlink():
+                self.follow(path)
             mode = path.stat().st_mode
             self._known(path, mode)
         except OSError as error:

@@ -50,10 +50,10 @@ class Plant:
                     *text,
                     f"trust: {self.made / 'trust'}",
                     f"bundles: {self.made}",
-                    "sources: {folders: [/]}",
+                    "sources: {folders: [/], hosts: [127.0.0.1]}",
                     UNSIGNED,
                 ]
-            )
+            )  # fmt: skip
         )
         self._number = itertools.count()
 

@@ -76,7 +76,7 @@ def test_a_part_id_is_what_a_scanner_reads(part_id: str) -> None:
     ("part_id", "words"),
     [
         ("a\x00b", "U\\+0000"), ("a\nb", "U\\+000A"), ("\x7f", "U\\+007F"), ("\u202egnp", "U\\+202E"), ("", "at least 1"),
-        ("x" * 129, "at most 128"), (17, "valid string"),
+        ("x" * 129, "at most 128"), (17, "must be a text"),
     ],
 )  # fmt: skip
 def test_what_no_scanner_reads_is_refused_by_name(part_id: Any, words: str) -> None:

@@ -37,8 +37,8 @@ def document(plant: Plant, version: int) -> dict[str, Any]:
 def test_a_source_that_drips_holds_up_no_other_order_and_cancel_ends_it(tmp_path: Path, mosquitto: Mosquitto) -> None:
     plant = Plant(tmp_path, mosquitto.port)
     server = Dripping(tmp_path, "answer", every_s=1.0)
-    with (plant.device / "device.yaml").open("a") as file:
-        file.write(f"remote: {{ca_file: {server.certificate}}}\n")
+    device = plant.device / "device.yaml"
+    device.write_text(device.read_text().replace("remote: {", f"remote: {{ca_file: {server.certificate}, "))
     with listening(mosquitto.port) as listener, DaemonProcess(plant.device) as daemon:
         ready(listener)
         want(listener, 2, server.url)

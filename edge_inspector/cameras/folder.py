@@ -72,7 +72,7 @@ class FolderSource:
         fps = address.number("fps", 0)
         self._pace = Pace(fps)
         try:
-            found = pictures.listed(self._admitted.path)
+            found = pictures.listed(self._admitted.path, self._admitted.refuse_outside)
         except PictureError as error:
             raise CameraError(f"{self.config.name}: {error.message}", hint=error.hint) from error
         if found.told:

@@ -76,6 +76,8 @@ class VideoSource:
         self.close()
         with restricted(RECORDINGS):
             packets = cv2.VideoCapture(str(self._path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
+        if not packets.isOpened():
+            raise CameraError(f"{self.config.name}: not a video that OpenCV can read")
         codec = int(packets.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=False).decode("latin-1")
         self._strict, self._count = codec in _MJPEG, round(packets.get(cv2.CAP_PROP_FRAME_COUNT))
         self._pending: tuple[float, Pixels] | None = None
