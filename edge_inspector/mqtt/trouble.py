@@ -103,15 +103,18 @@ _HINTS = (
 )  # fmt: skip
 
 
+_WITH_TLS = (
+    "TLS? broker.tls is set, and 1883 is usual without; or it wants a client certificate: broker.tls.cert_file and key_file"
+)
+
+
 def hint_of(words: str, *, tls: bool = False) -> str:
     """What to do about a refusal."""
     low = words.lower()
     for pattern, hint in _HINTS:
         if re.search(pattern, low):
             return hint
-    if re.search("closed|reset|no answer|timed out", low):
-        wrong = (
-            "TLS? broker.tls is set, and 1883 is usual without" if tls else "MQTT without TLS? For TLS (8883) set broker.tls"
-        )
+    if re.search("closed|reset|lost|no answer|timed out", low):
+        wrong = _WITH_TLS if tls else "MQTT without TLS? For TLS (8883) set broker.tls"
         return f"is the broker running there, and does that port speak {wrong}"
     return "is the broker running there, and are user and password right? broker: in device.yaml"
