@@ -193,6 +193,7 @@ def test_two_trainings_of_one_bundle_lock_each_other_out_and_a_refused_one_leave
         with pytest.raises(TrainingError, match="another training works there"):
             training.train(wanted)
         assert (tmp_path / "bundle.training").exists(), "it is the other one's"
+    shutil.rmtree(tmp_path / "bundle.training")
     with pytest.raises(TrainingError, match="3 usable pictures"):
         training.train(wanted)
     assert not (tmp_path / "bundle.training").exists()

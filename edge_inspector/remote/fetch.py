@@ -48,7 +48,7 @@ ROOM = 3
 """Times the bundle's size that must be free: its files, what is built of them, and something to live on."""
 _PIECE = 1 << 18
 _TIMEOUT_S = 20.0
-_LOOK_S = 0.25
+_LOOK_S, _JOIN_S = 0.25, 5.0
 Tell = Callable[[str, int, int], None]
 """Phase, bytes done, bytes in all; what it raises ends the work. Called a few times a second, from any thread."""
 
@@ -79,17 +79,23 @@ class _Pieces(Protocol):
 
 
 class _Watch:
-    """Ends a connection that gives too little, takes too long, or is not wanted any more."""
+    """Ends a connection that gives too little, takes too long, or is not wanted any more.
+
+    There is no lock: whoever fetches only adds to its figures, and the watching thread compares them with what it saw last.
+    """
 
     def __init__(self, source: str, tell: Tell, patience: Patience, end_s: float) -> None:
         """Works between `__enter__` and `__exit__`; `tell` raises when nobody wants the bundle any more."""
         self.done, self.total = 0, 0
         self.fault: InspectorError | None = None
         self._source, self._tell, self._patience, self._end_s = source, tell, patience, end_s
-        self._waits_since: float | None = None
-        self._waited_s, self._got = 0.0, 0
+        self._waits: tuple[float, float | None] = 0.0, None
+        """Seconds that were waited for the source, and since when it has its turn again."""
+        self._got = 0
+        self._seen: tuple[float, int] = 0.0, 0
+        """What was waited and had come when the rate was looked at last."""
         self._line: socket.socket | None = None
-        self._lock, self._over = threading.Lock(), threading.Event()
+        self._over = threading.Event()
         self._thread = Thread(target=self._run, name="fetch-watch", daemon=True)
 
     def __enter__(self) -> _Watch:
@@ -100,33 +106,33 @@ class _Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """End; the connection is left to its owner."""
         self._over.set()
-        self._thread.join()
-        self.follow(None)
+        self._thread.join(_JOIN_S)
+        self._let_go()
 
     def follow(self, line: socket.socket | None) -> None:
         """This connection is to be ended, from before its first byte on."""
-        with self._lock:
-            if self._line is not None:
-                self._line.close()
-            self._line = line.dup() if line is not None else None
+        self._let_go()
+        self._line = line.dup() if line is not None else None
         self.refuse()
+
+    def _let_go(self) -> None:
+        line, self._line = self._line, None
+        if line is not None:
+            line.close()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Meanwhile the source has its turn. Raises what has ended the connection."""
-        with self._lock:
-            self._waits_since = time.monotonic()
+        self._waits = self._waited(), time.monotonic()
         try:
             yield
         finally:
-            with self._lock:
-                self._waited_s, self._waits_since = self._waited(), None
+            self._waits = self._waited(), None
         self.refuse()
 
     def got(self, count: int) -> None:
         """So many bytes came."""
-        with self._lock:
-            self._got += count
+        self._got += count
 
     def reached(self, done: int) -> None:
         """So much of the bundle is here. Raises what `tell` raises."""
@@ -139,8 +145,8 @@ class _Watch:
             raise self.fault
 
     def _waited(self) -> float:
-        since = self._waits_since
-        return self._waited_s + (time.monotonic() - since if since is not None else 0.0)
+        waited_s, since = self._waits
+        return waited_s + (time.monotonic() - since if since is not None else 0.0)
 
     def _run(self) -> None:
         while not self._over.wait(_LOOK_S):
@@ -157,21 +163,21 @@ class _Watch:
         if time.monotonic() > self._end_s:
             words = f"it did not come within {self._patience.total_s:g} s"
             raise SourceUnreachable(f"{self._source}: {words}", hint=hint)
-        with self._lock:
-            waited_s, got = self._waited(), self._got
-            if waited_s < self._patience.window_s:
-                return
-            self._waited_s, self._got = 0.0, 0
-            self._waits_since = time.monotonic() if self._waits_since is not None else None
-        rate, least = got / waited_s, self._patience.least_bytes_s
+        waited_s, got = self._waited(), self._got
+        for_s, more = waited_s - self._seen[0], got - self._seen[1]
+        if for_s < self._patience.window_s:
+            return
+        self._seen = waited_s, got
+        rate, least = more / for_s, self._patience.least_bytes_s
         if rate < least:
             words = f"it gives {rate:.0f} bytes a second, at least {least:.0f} are needed"
             raise SourceUnreachable(f"{self._source}: {words}", hint=hint)
 
     def _shut(self) -> None:
-        with self._lock, suppress(OSError):  # gone already
-            if self._line is not None:
-                self._line.shutdown(socket.SHUT_RDWR)
+        line = self._line
+        with suppress(OSError):  # gone already
+            if line is not None:
+                line.shutdown(socket.SHUT_RDWR)
 
 
 class _Place(Protocol):
