@@ -253,7 +253,7 @@ def test_bad_folders_are_told_in_words(tmp_path: Path) -> None:
     surveyed = data.survey(odd)
     assert len(surveyed.paths) == 26
     told = " ".join(str(remark) for remark in surveyed.remarks)
-    assert "unreadable (not a picture that OpenCV can read): broken.png" in told
+    assert "unreadable (not a picture: it starts as none of the kinds that are read): broken.png" in told
     assert "1 exact copies" in told
     assert "differ in size" in told
 
