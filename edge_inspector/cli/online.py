@@ -6,6 +6,7 @@ import faulthandler
 import json
 import logging
 import secrets
+import shlex
 import signal
 import tempfile
 import threading
@@ -64,10 +65,15 @@ def init(
         f"wrote {folder / 'device.yaml'} (device {device}), {folder / 'line.yaml'} and, in {folder / 'keys'}, two keys that"
     )
     err.print("this device trusts: signing.key signs bundles, orders.key what is changed and commanded from afar")
-    err.print("next:")
-    err.print("  edge-inspector train PICTURES_OF_GOOD_PARTS --product my-product   (makes bundles/my-product)")
-    err.print("  edge-inspector check                                               (says what is missing)")
-    err.print("  edge-inspector run")
+    here = program()
+    enter = f"cd {shlex.quote(str(folder))} && " if folder != Path() else ""
+    for step in (
+        "next:",
+        f"  {enter}{here} train PICTURES_OF_GOOD_PARTS --product my-product   # makes bundles/my-product",
+        f"  {here} check   # says what is missing",
+        f"  {here} run",
+    ):
+        err.print(step, markup=False)
 
 
 def check(
