@@ -192,6 +192,7 @@ def outside(events: list[list[Any]], world: Path) -> list[str]:
     ]  # fmt: skip
     writes = [str(world / "device" / "state"), str(world / "device" / "log"), "/dev"]
     reads.append(str(Path(sys.prefix).parent / ".git"))  # harvesters asks git for its version where it is in a checkout
+    reads.append(str(REPOSITORY / "edge_inspector.egg-info"))  # the program's own version, where it runs from a checkout
     named = re.compile(r"/proc/[0-9]+/task/[0-9]+/comm")  # a thread's name
     exact = {*READ_BY_LIBRARIES, str(REPOSITORY), "/", "/etc"}
 

@@ -66,7 +66,8 @@ def made(folder: Path, port: int, uri: str) -> Path:
     tiny_bundle(folder / "made")
     device = device_folder(folder / "device", port, LINE.format(uri=uri)) / "device.yaml"
     kept = device.read_text().splitlines()[:3]
-    device.write_text("\n".join([*kept, f"trust: {folder / 'made' / 'trust'}", f"bundles: {folder / 'made'}\n"]))
+    sources = "sources: {hosts: [127.0.0.1]}\n"
+    device.write_text("\n".join([*kept, f"trust: {folder / 'made' / 'trust'}", f"bundles: {folder / 'made'}", sources]))
     return device.parent
 
 
