@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -169,16 +168,17 @@ def _directory(entries: Mapping[int, int | bytes], order: str, start: int) -> by
     return struct.pack(order + "H", len(entries)) + rows + bytes(4) + extra
 
 
-def as_nobody(folder: Path, code: str) -> str:
-    """What a program prints that has no rights beyond those of everybody."""
-    python = [sys.executable, "-c", code]
+_NOBODY = "import os; os.setgroups([]); os.setresgid(*[65534] * 3); os.setresuid(*[65534] * 3)"
+
+
+def as_nobody(folder: Path, imports: str, code: str) -> str:
+    """What a program prints that has no rights beyond those of everybody. `imports`: what needs more, to be loaded."""
+    parts = [imports, code]
     if os.geteuid() == 0:
-        setpriv = shutil.which("setpriv")
-        assert setpriv is not None
         for path in (folder, *folder.parents):
             if path.stat().st_uid == 0 and not path.stat().st_mode & 1 and path != Path("/"):
                 path.chmod(path.stat().st_mode | 0o55)
-        python = [setpriv, "--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all", *python]
-    done = subprocess.run(python, capture_output=True, text=True, check=False, timeout=60)
+        parts.insert(1, _NOBODY)
+    done = subprocess.run([sys.executable, "-c", "; ".join(parts)], capture_output=True, text=True, check=False, timeout=60)
     assert not done.returncode, done.stderr
     return done.stdout

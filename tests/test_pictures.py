@@ -220,8 +220,11 @@ def test_every_picture_of_a_folder_is_taken_whatever_its_name_and_the_rest_is_to
 def test_a_folder_that_cannot_be_read_is_told_by_name(tmp_path: Path, mode: int) -> None:
     folder = folder_of(tmp_path / "noperm", "a.png", "sub/b.png")
     (folder / "sub").chmod(mode)
-    code = f"from pathlib import Path; from edge_inspector import pictures; print(pictures.listed(Path({str(folder)!r})).told)"
-    told = files.as_nobody(tmp_path, code)
+    imports, code = (
+        "from pathlib import Path; from edge_inspector import pictures",
+        f"print(pictures.listed(Path({str(folder)!r})).told)",
+    )
+    told = files.as_nobody(tmp_path, imports, code)
     assert "sub" in told
     assert "Permission denied" in told
 
