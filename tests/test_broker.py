@@ -228,6 +228,7 @@ def test_what_is_taken_back_is_gone_from_the_broker_and_from_memory(
         assert not listener.of("bundle")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 def test_what_the_broker_holds_of_us_is_heard_before_anything_else(tmp_path: Path, any_broker_port: int) -> None:
     with listening(any_broker_port) as listener:
         for name in ("config", "bundle/paper", *(f"bundle/forged-{n}" for n in range(300))):

@@ -28,6 +28,8 @@ def test_every_figure_is_that_of_the_line(tmp_path: Path, mosquitto: Mosquitto) 
             listener.say({"trigger_id": f"T-{n}"}, "trigger", "sheet")
         results = until(lambda: r if len(r := listener.of("result", "sheet")) == 6 else None, what="results")
         until(lambda: scraped(port).get(("edge_inspector_outbox_pending", ())) == 0, what="what is acknowledged")
+        frames = "edge_inspector_camera_frames_total", (("camera", "top"), ("station", "sheet"))
+        until(lambda: scraped(port).get(frames, 0) >= 6, what="the next look at the cameras")
         found = scraped(port)
     station = ("station", "sheet")
     for verdict in ("pass", "fail"):
