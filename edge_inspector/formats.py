@@ -118,23 +118,40 @@ _SIZES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 
 def _jpeg(data: bytes) -> Header:
-    frame, orientation, several = b"", 1, False
+    orientation, announced = 1, False
     segments = list(_segments(data))
     for marker, segment, _ in segments:
-        if marker in _SIZES and not frame:
-            frame = segment
-        elif marker == 0xE1 and segment.startswith(b"Exif\0\0"):
+        if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
             orientation = _turned(segment)
         elif marker == 0xE2 and segment.startswith(b"MPF\0"):  # phones append previews and depth maps, and say so
-            several = True
+            announced = True
+    marker, frame = _frame(segments)
     bits, height, width, components = struct.unpack_from(">BHHB", frame)
     if bits != 8:
         raise _unreadable(f"JPEG of {bits} bit, expected 8", "export it as PNG or TIFF of 16 bit")
     if components not in (1, 3):
         raise _unreadable(f"JPEG of {components} components (CMYK), expected grey or colour", "export it as RGB")
-    if not several:
-        _refuse_several(1 + sum(1 for _ in _more_jpegs(data, segments[-1][2])))
+    _refuse_unfinished(frame, [segment for kind, segment, _ in segments if kind == 0xDA], progressive=marker == 0xC2)
+    more = [_frame(found)[1][1:5] for found in _more_jpegs(data, segments[-1][2])]
+    _refuse_several(1 + sum(1 for size in more if size == frame[1:5] or not announced))
     return Header("JPEG", width, height, components, 8, data, orientation)
+
+
+def _frame(segments: list[tuple[int, bytes, int]]) -> tuple[int, bytes]:
+    """Marker and content of the start of frame, which says size and components."""
+    return next(((marker, segment) for marker, segment, _ in segments if marker in _SIZES), (0, b""))
+
+
+def _refuse_unfinished(frame: bytes, scans: list[bytes], *, progressive: bool) -> None:
+    """Raise PictureError where whole scans are missing: libjpeg shows what is there, and warns of nothing."""
+    missing = {(component, number) for component in frame[6::3] for number in range(64)}
+    for scan in scans:
+        count = scan[0]
+        first, last, bits = scan[1 + 2 * count : 4 + 2 * count] if progressive else (0, 63, 0)
+        if not bits & 15:  # the last of its bits as well
+            missing -= {(component, number) for component in scan[1 : 1 + 2 * count : 2] for number in range(first, last + 1)}
+    if missing:
+        raise PictureError("truncated: some of the JPEG's scans are missing", hint=COPY_AGAIN)
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
@@ -155,15 +172,16 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
         at += max(2, size)
 
 
-def _more_jpegs(data: bytes, end: int) -> Iterator[int]:
+def _more_jpegs(data: bytes, end: int) -> Iterator[list[tuple[int, bytes, int]]]:
     """JPEGs that follow the first one at once; bytes of any other kind after it are no picture."""
     while _JPEG.match(data, end):
-        yield end
         try:
-            *_, (_, _, length) = _segments(data[end:])
+            segments = list(_segments(data[end:]))
         except PictureError:
+            yield []
             return
-        end += length
+        yield segments
+        end += segments[-1][2]
 
 
 # --- PNG

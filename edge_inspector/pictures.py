@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 _PANEL_PX = 384
+"""The longer side of each panel of an explanation; above it a bar with its name, at the top lines of text."""
+_BAR_PX = 26
+_LINE_PX = 22
+_FONT, _TEXT = cv2.FONT_HERSHEY_SIMPLEX, 0.5
 _JPEG = [cv2.IMWRITE_JPEG_QUALITY, 92]
 """With half the colour resolution: full resolution takes twice the time for each part that fails."""
 _BOX_PX = 2
@@ -148,29 +152,14 @@ def to_bgr8(image: Pixels) -> NDArray[np.uint8]:
     return np.asarray(shown, dtype=np.uint8)
 
 
-def _fitted(image: Pixels, interpolation: int) -> NDArray[np.uint8]:
-    scale = _PANEL_PX / max(image.shape[:2])
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    return np.asarray(cv2.resize(image, size, interpolation=interpolation), dtype=np.uint8)
-
-
-def _titled(panel: NDArray[np.uint8], title: str) -> NDArray[np.uint8]:
-    bar = np.full((26, panel.shape[1], 3), 32, np.uint8)
-    cv2.putText(bar, title, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.48, (255, 255, 255), 1, cv2.LINE_AA)
-    return np.vstack([bar, panel])
-
-
-def _captioned(picture: NDArray[np.uint8], caption: str) -> NDArray[np.uint8]:
-    """The picture below as many lines of text as it takes; what the font has no letter for is told by its number."""
-    font, scale, height = cv2.FONT_HERSHEY_SIMPLEX, 0.5, 22
-    lines = caption.encode("ascii", "backslashreplace").decode().split("\n")
-    width = max(picture.shape[1], *(cv2.getTextSize(line, font, scale, 1)[0][0] + 12 for line in lines))
-    below = np.full((picture.shape[0], width, 3), 255, np.uint8)
-    below[:, : picture.shape[1]] = picture
-    strip = np.full((8 + height * len(lines), width, 3), 255, np.uint8)
+def _captioned(lines: list[str], height_px: int, width_px: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """A white picture with lines of text at its top, and the view of it below them, of the size that is asked for."""
+    width = max(width_px, *(cv2.getTextSize(line, _FONT, _TEXT, 1)[0][0] + 12 for line in lines))
+    top = 8 + _LINE_PX * len(lines)
+    picture = np.full((top + height_px, width, 3), 255, np.uint8)
     for number, line in enumerate(lines):
-        cv2.putText(strip, line, (6, 20 + height * number), font, scale, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.vstack([strip, below])
+        cv2.putText(picture, line, (6, 20 + _LINE_PX * number), _FONT, _TEXT, (0, 0, 0), 1, cv2.LINE_AA)
+    return picture, picture[top:, :width_px]
 
 
 def explanation(
@@ -188,16 +177,28 @@ def explanation(
     `regions` are in frame pixels, `offset_px` is where the crop starts in the frame.
     """
     base = to_bgr8(seen)
-    boxed = _fitted(base, cv2.INTER_AREA if max(base.shape) > _PANEL_PX else cv2.INTER_NEAREST)
-    scale = boxed.shape[1] / base.shape[1]
+    scale = _PANEL_PX / max(base.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in base.shape[:2])
+    panels = {"seen": (base, cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)}
+    # The colour scale is anchored on the threshold: everything brighter than its middle is over it.
+    level = np.clip(anomaly / (2 * threshold) * 255, 0, 255).astype(np.uint8)
+    heat = np.asarray(cv2.applyColorMap(level, cv2.COLORMAP_INFERNO), np.uint8)
+    panels["anomaly map (mid scale = threshold)"] = (heat, cv2.INTER_LINEAR)
+    if expected is not None:
+        panels["expected"] = (to_bgr8(expected), cv2.INTER_NEAREST)
+
+    # What the font has no letter for is told by its number.
+    lines = title.encode("ascii", "backslashreplace").decode().split("\n")
+    # Everything is drawn into one picture: copies of it would take longer than all that is drawn.
+    picture, body = _captioned(lines, _BAR_PX + height, width * len(panels))
+    body[:_BAR_PX] = 32
+    for number, (name, (panel, interpolation)) in enumerate(panels.items()):
+        place = body[:, number * width : (number + 1) * width]
+        cv2.putText(place, name, (6, 18), _FONT, 0.48, (255, 255, 255), 1, cv2.LINE_AA)
+        place[_BAR_PX:] = cv2.resize(panel, (width, height), interpolation=interpolation)
+    boxed = body[_BAR_PX:, :width]
     for region in regions:
         x, y = (region.x_px - offset_px[0]) * scale, (region.y_px - offset_px[1]) * scale
         corner = (round(x + region.w_px * scale), round(y + region.h_px * scale))
         cv2.rectangle(boxed, (round(x), round(y)), corner, (0, 0, 255), _BOX_PX)
-    # The colour scale is anchored on the threshold: everything brighter than its middle is over it.
-    level = np.clip(anomaly / (2 * threshold) * 255, 0, 255).astype(np.uint8)
-    heat = _fitted(cv2.applyColorMap(level, cv2.COLORMAP_INFERNO), cv2.INTER_LINEAR)
-    panels = [_titled(boxed, "seen"), _titled(heat, "anomaly map (mid scale = threshold)")]
-    if expected is not None:
-        panels.append(_titled(_fitted(to_bgr8(expected), cv2.INTER_NEAREST), "expected"))
-    return _captioned(np.hstack(panels), title)
+    return picture

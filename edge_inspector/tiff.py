@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from edge_inspector import packings
 from edge_inspector.errors import PictureError
 
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _PACKING, _PHOTOMETRIC, _FILL = 254, 256, 257, 258, 259, 262, 266
 _OFFSETS, _ORIENTATION, _SAMPLES, _COUNTS, _PLANAR = 273, 274, 277, 279, 284
-_EXTRA, _FORMAT, _TILE_OFFSETS, _TILE_COUNTS = 338, 339, 324, 325
+_ROWS, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_COUNTS, _EXTRA, _FORMAT = 278, 322, 323, 324, 325, 338, 339
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 6: 1, 7: 1, 8: 2, 9: 4, 13: 4, 16: 8, 18: 8}
 _LETTERS = {1: "B", 2: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 18: "Q"}
 _PACKINGS = {1: "none", 5: "LZW", 8: "Deflate", 32946: "Deflate", 32773: "PackBits"}
+_UNPACKED = {"LZW": packings.lzw, "Deflate": packings.deflated, "PackBits": packings.packed_bits}
+"""How many bytes a piece unpacks to."""
 _MAX_PICTURES = 10_000
 _REDUCED, _MASK = 1, 4
 _NOT_A_PICTURE = _REDUCED | _MASK
 """Bits of a picture that belongs to another: its thumbnail, its mask."""
+_COPY_AGAIN = "copy it again"
 _HINT = "export it as PNG, or as TIFF of grey or RGB, 8 or 16 bit"
 
 
@@ -116,7 +119,7 @@ def read(data: bytes) -> Tiff:
         raise PictureError("its first picture is a preview of another one (a raw file of a camera?)", hint=_HINT)
     own = sum(not reader.value(entries, _SUBFILE, 0) & _NOT_A_PICTURE for entries in pages)
     channels, depth = _layout(reader, page)
-    _whole(reader, page, channels * depth // 8)
+    _whole(reader, page, reader.value(page, _SAMPLES, 1) * depth // 8)
     turned = reader.value(page, _ORIENTATION, 1)
     inverted = channels == 1 and reader.value(page, _PHOTOMETRIC, 1) == 0
     return Tiff(
@@ -147,27 +150,39 @@ def _layout(reader: _Reader, page: dict[int, _Entry]) -> tuple[int, int]:
 
 
 def _whole(reader: _Reader, page: dict[int, _Entry], pixel_bytes: int) -> None:
-    """Raise PictureError where data is missing: libtiff leaves such rows black and delivers the picture."""
+    """Raise PictureError where data is missing or damaged: libtiff leaves such rows black and delivers the picture."""
     tiled = _TILE_OFFSETS in page
     offsets = reader.values(page, _TILE_OFFSETS if tiled else _OFFSETS, 0)
     counts = reader.values(page, _TILE_COUNTS if tiled else _COUNTS, 0)
-    if any(at + count > len(reader.data) for at, count in zip(offsets, counts, strict=True)):
-        raise PictureError("truncated: its data reaches beyond the file", hint="copy it again")
-    expected = reader.value(page, _WIDTH, 0) * reader.value(page, _HEIGHT, 0) * pixel_bytes
-    packing = reader.value(page, _PACKING, 1)
-    if packing == 1 and sum(counts) < expected:
-        raise PictureError(f"truncated: {sum(counts)} of {expected} bytes are there", hint="copy it again")
-    if _PACKINGS[packing] == "Deflate":
-        _inflated([reader.data[at : at + count] for at, count in zip(offsets, counts, strict=True)])
+    pieces = [reader.data[at : at + count] for at, count in zip(offsets, counts, strict=True)]
+    if sum(map(len, pieces)) < sum(counts):
+        raise PictureError("truncated: its data reaches beyond the file", hint=_COPY_AGAIN)
+    width, height = reader.value(page, _WIDTH, 0), reader.value(page, _HEIGHT, 0)
+    packing = _PACKINGS[reader.value(page, _PACKING, 1)]
+    if packing == "none":
+        expected = width * height * pixel_bytes
+        if sum(counts) < expected:
+            raise PictureError(f"truncated: {sum(counts)} of {expected} bytes are there", hint=_COPY_AGAIN)
+        return
+    across, rows = width, max(1, min(reader.value(page, _ROWS, height), height))
+    if tiled:
+        across, rows = max(1, reader.value(page, _TILE_WIDTH, 0)), max(1, reader.value(page, _TILE_HEIGHT, 0))
+    count = -(-height // rows) * (-(-width // across) if tiled else 1)
+    if len(pieces) < count:
+        raise PictureError(f"truncated: {len(pieces)} of its {count} pieces are there", hint=_COPY_AGAIN)
+    for number, piece in enumerate(pieces[:count]):
+        there = rows if tiled else min(rows, height - number * rows)
+        _refuse_damaged(piece, packing, there * across * pixel_bytes, rows * across * pixel_bytes)
 
 
-def _inflated(pieces: list[bytes]) -> None:
-    """Raise PictureError for a piece whose check sum is wrong or that ends early: libtiff does not look."""
-    for piece in pieces:
-        try:
-            zlib.decompress(piece)
-        except zlib.error as error:
-            raise PictureError(f"damaged: {error}", hint="copy it again") from error
+def _refuse_damaged(piece: bytes, packing: str, least: int, most: int) -> None:
+    """Raise PictureError for a piece that does not unpack to that many bytes; what has a check sum may hold more."""
+    try:
+        found = _UNPACKED[packing](piece)
+    except ValueError as error:
+        raise PictureError(f"damaged: {error}", hint=_COPY_AGAIN) from error
+    if found < least or (found > most and packing != "Deflate"):
+        raise PictureError(f"damaged: {found} bytes are packed where {least} are expected", hint=_COPY_AGAIN)
 
 
 def _plain(reader: _Reader, page: dict[int, _Entry]) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from edge_inspector import pictures
+from edge_inspector import packings, pictures
 from edge_inspector.cameras.folder import FolderSource
 from edge_inspector.config import CameraConfig
 from edge_inspector.door import typed
@@ -77,7 +79,7 @@ def test_a_whole_picture_may_have_bytes_behind_it() -> None:
     for suffix in (".jpg", ".png", ".bmp", ".tif", ".webp", ".ppm", ".jp2"):
         data = pictures.encoded(COLOUR, suffix)
         assert np.array_equal(read(data + b"\0motion photo" * 50), read(data)), suffix
-    preview = files.jpeg(GREY)
+    preview = files.jpeg(GREY[:24, :32])
     assert np.array_equal(read(files.jpeg(COLOUR, several=True) + preview), read(files.jpeg(COLOUR)))
 
 
@@ -104,11 +106,53 @@ def test_damaged_data_is_refused_where_a_check_sum_tells() -> None:
     assert "damaged" in refusal(missing)
 
 
+def test_a_jpeg_without_its_last_scans_is_refused() -> None:
+    whole = cv2.imencode(".jpg", COLOUR, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    assert read(whole).shape == COLOUR.shape
+    scans = [found.start() for found in re.finditer(rb"\xff\xda", whole)]
+    for start in scans[1:]:
+        tables = whole.rfind(b"\xff\xc4", 0, start)
+        assert "scans are missing" in refusal(whole[:tables] + b"\xff\xd9")
+
+
+def test_a_small_file_cannot_unpack_into_all_of_the_memory() -> None:
+    packed = zlib.compress(bytes(64 << 20))
+    assert len(packed) < 1 << 17
+    tracemalloc.start()
+    try:
+        length = packings.deflated(packed)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert length == 64 << 20
+    assert peak < 8 << 20
+    for cut in (0, 1, len(packed) // 2, len(packed) - 1):
+        with pytest.raises(ValueError, match="Deflate"):
+            packings.deflated(packed[:cut])
+    assert packings.deflated(zlib.compress(b"")) == 0
+
+
+@pytest.mark.parametrize("packing", [cv2.IMWRITE_TIFF_COMPRESSION_LZW, cv2.IMWRITE_TIFF_COMPRESSION_PACKBITS])
+def test_a_hole_in_a_packed_tiff_is_refused(packing: int) -> None:
+    flat = np.zeros_like(GREY)
+    for image in (GREY, COLOUR, DEEP, DEEP_COLOUR, flat, files.with_alpha(COLOUR), np.tile(COLOUR, (20, 3, 1))):
+        data = cv2.imencode(".tif", image, [cv2.IMWRITE_TIFF_COMPRESSION, packing])[1].tobytes()
+        seen = image[:, :, :3] if image.ndim == 3 else image
+        assert np.array_equal(read(data), seen)
+    scene = cv2.resize(COLOUR, (320, 240), interpolation=cv2.INTER_CUBIC)
+    whole = cv2.imencode(".tif", scene, [cv2.IMWRITE_TIFF_COMPRESSION, packing])[1].tobytes()
+    damaged = bytearray(whole)
+    half = len(whole) // 2
+    damaged[half : half + 300] = bytes(300)
+    assert "damaged" in refusal(bytes(damaged))
+
+
 def test_a_file_of_several_pictures_is_refused_with_their_number() -> None:
     assert refusal((CASES / "04-only-first-of-several" / "multi.tif").read_bytes()) == "holds 2 pictures, expected 1"
     assert "holds 3 pictures" in refusal(files.tiff(GREY, pages=3))
     assert "holds 3 pictures" in refusal(files.png(COLOUR, [(b"acTL", struct.pack(">II", 3, 0))]))
     assert "holds 2 pictures" in refusal(files.jpeg(COLOUR) * 2)
+    assert "holds 2 pictures" in refusal(files.jpeg(COLOUR, several=True) + files.jpeg(COLOUR))  # two views
     assert "holds 2 pictures" in refusal(pictures.encoded(GREY, ".pgm") * 2)
     assert "holds 2 pictures" in refusal(files.animated_webp(COLOUR, 2))
     thumbnail = files.tiff(GREY, pages=2, later={254: 1})
