@@ -104,13 +104,14 @@ def private(state: Path, access: Access) -> Iterator[None]:
 def _close(state: Path, access: Access) -> None:
     try:
         state.mkdir(parents=True, exist_ok=True)
-        for folder, folders, files in os.walk(state):
-            if Path(folder) == state and EVIDENCE in folders:
+        real = state.resolve()  # systemd gives its services a link
+        for folder, folders, files in os.walk(real):
+            if Path(folder) == real and EVIDENCE in folders:
                 folders.remove(EVIDENCE)  # whoever writes there sees to it
             for path in (Path(folder), *(Path(folder, name) for name in files)):
                 _make_private(path)
         if access.group is not None:
-            access.let_through(state)
+            access.let_through(real)
     except OSError as error:
         raise InspectorError(f"{state}: {error.strerror}", hint="check the state folder's permissions") from error
 

@@ -150,7 +150,9 @@ class _Cells:
         rest = _without_flicker(change, before)
         if float(np.abs(_coarse(rest.reshape(self.means.shape))).mean()) > _TEXTURE:  # it differs everywhere
             return False
-        limit = np.maximum(_BEYOND_NOISE * _noise(rest, before, _MOST_NOISE / self.side_px), _FINEST)
+        # By both frames: of one alone the darkest cells are also those whose noise was lowest.
+        level = np.asarray(before + change / 2, np.float32)
+        limit = np.maximum(_BEYOND_NOISE * _noise(rest, level, _MOST_NOISE / self.side_px), _FINEST)
         return bool((np.abs(rest) <= limit).all())
 
 
@@ -161,11 +163,11 @@ def _without_flicker(change: NDArray[np.float32], before: NDArray[np.float32]) -
     return np.asarray(change - gain * np.where(lit, before, 0.0), np.float32)
 
 
-def _noise(rest: NDArray[np.float32], before: NDArray[np.float32], most: float) -> NDArray[np.float32]:
+def _noise(rest: NDArray[np.float32], level: NDArray[np.float32], most: float) -> NDArray[np.float32]:
     """Standard deviation of each cell's mean, by how bright it is. Saturated cells have none, and tell nothing of others."""
     noisy = np.abs(rest) > _FINEST / 10
     overall = _spread(rest[noisy]) if noisy.any() else 0.0
-    groups = np.array_split(np.argsort(before, kind="stable"), _GROUPS)
+    groups = np.array_split(np.argsort(level, kind="stable"), _GROUPS)
     spreads = [0.0, *(_spread(rest[group]) for group in groups), 0.0]
     found = np.empty_like(rest)
     for number, group in enumerate(groups):  # where one group ends is by chance

@@ -199,7 +199,7 @@ class _Line:
         self.broker.retain(message, *levels)
 
     def _log_ready(self, station: str, told: Ready) -> None:
-        is_ready = told.ready or told.busy
+        is_ready = not told.reason  # one that is busy is ready for the next part, unless something hinders it
         if is_ready and station not in self._ready:
             self._ready.add(station)
             log.info("ready: %s", station)

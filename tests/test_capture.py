@@ -71,6 +71,14 @@ def test_small_and_dark_parts_that_differ_by_little_are_all_kept(tmp_path: Path)
     assert (small.kept, dark.kept) == (12, 10)
 
 
+def test_marks_two_pixels_apart_are_two_parts(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)  # the tenth and the seventeenth are marked nearly alike
+    album = Album(tmp_path)
+    for _ in range(20):
+        album.take(frame(seal(rng)))
+    assert album.kept == 20
+
+
 def test_a_part_that_lies_still_is_a_copy_under_noise_that_grows_with_light_and_a_lamp_that_flickers(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     still = {

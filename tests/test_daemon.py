@@ -222,6 +222,18 @@ def test_a_stop_says_offline_at_once(tmp_path: Path, mosquitto: Mosquitto) -> No
         until(lambda: not listener.of("state")[-1]["online"], 2.0, "offline after stop")
 
 
+def test_the_readiness_of_a_device_that_is_killed_ends_with_it(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
+    with listening(mosquitto.port) as listener, DaemonProcess(folder) as daemon:
+        ready(listener)
+        daemon.kill()
+        until(lambda: listener.of("ready", "sheet")[-1]["reason"] == "the device is gone", 20, "the will of ready")
+        until(lambda: not listener.of("state")[-1]["online"], 20, "the will of state")
+    last, state = listener.of("ready", "sheet")[-1], listener.of("state")[-1]
+    assert not last["ready"]
+    assert last["session"] == state["session"]
+
+
 def test_sighup_takes_a_new_line_and_refuses_a_bad_one(tmp_path: Path, mosquitto: Mosquitto) -> None:
     folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml())
     with listening(mosquitto.port) as listener, DaemonProcess(folder) as daemon:

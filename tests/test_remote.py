@@ -84,6 +84,8 @@ def test_recipes_change_between_two_parts_and_not_one_trigger_is_lost(tmp_path: 
             if n == 220:
                 decide(listener, 4, "confirm")
             time.sleep(0.03)
+            # A busy machine judges slower than that: parts that wait for too long would be late, and undecided.
+            until(lambda n=n: n - len(listener.of("verdict", "sheet")) < 20, 30, "verdicts")  # type: ignore[misc]
         results = collected(subscriber, 300)
         outcome(listener, "committed")
         assert [r.trigger_id for r in results] == [f"T-{n}" for n in range(300)]
@@ -335,3 +337,21 @@ def test_a_halt_and_a_product_outlive_a_trial_without_their_station(tmp_path: Pa
         until(lambda: listener.of("ready", "sheet")[-1]["reason"] != "stopped", what="the station is back")
         time.sleep(1.0)
         assert listener.of("ready", "sheet")[-1]["state"] == "halted"
+
+
+def test_a_report_that_the_broker_made_shorter_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    broker = Mosquitto(tmp_path / "mosquitto", extra="max_packet_size 400\n").start()
+    try:
+        device = device_folder(tmp_path / "device", broker.port, line_yaml(LOOPING))
+        with listening(broker.port) as listener, DaemonProcess(device):
+            until(lambda: reported(listener).get("shortened"), 15, "a shortened report")
+            config = ("--config", device / "device.yaml")
+            shown = edge("remote", "show", *config)
+            document = edge("remote", "show", "--document", *config, code=2)
+            compared = edge("remote", "diff", device / "line.yaml", *config, code=2)
+    finally:
+        broker.stop()
+    assert "no message as long as the device's report" in shown
+    for refusal in (document, compared):
+        assert "the line document is missing" in refusal
+        assert "max_packet_size" in refusal

@@ -311,8 +311,12 @@ def doctor(config: ConfigOption = Path("device.yaml"), as_json: JsonOption = Fal
 
 def build(
     bundle: Annotated[str, typer.Argument(help="name of a bundle of this device, or its folder")],
-    precision: Annotated[Literal["auto", "fp32", "fp16", "int8"] | None, typer.Option(help="[what device.yaml says]")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, max=64, help="tiles judged together [what line.yaml needs]")] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "fp16", "int8"] | None, typer.Option(show_default="what device.yaml says")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=64, help="tiles judged together", show_default="what line.yaml needs")
+    ] = None,
     config: ConfigOption = Path("device.yaml"),
     again: Annotated[bool, typer.Option("--again", help="also where an engine is there already")] = False,
     as_json: JsonOption = False,

@@ -43,6 +43,7 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="do not ask")]
 BundleOption = Annotated[str | None, typer.Option("--bundle", help="of this bundle, not of the line configuration")]
 Reported = ConfigReported | BundleReported
 ORDERS_KEY = Path("keys") / "orders.key"
+_SHORTENED = "the broker takes no message as long as the device's report"
 _ANSWER_S = 8.0
 _STAYS = (
     "the order stays at the broker: the device takes it when it can; edge-inspector remote show tells, remote cancel ends it"
@@ -128,11 +129,16 @@ def show(
     """What is in force, what is on trial, and who has changed what."""
     with _asked(Address(config, device, broker), bundle) as remote:
         told = remote.reported(_ANSWER_S)
-    if as_json or (document and isinstance(told, ConfigReported)):
-        print_json(told.line if document and isinstance(told, ConfigReported) else told.model_dump(mode="json", by_alias=True))
+    if document and isinstance(told, ConfigReported):
+        print_json(_line_of(told))
+        return
+    if as_json:
+        print_json(told.model_dump(mode="json", by_alias=True))
         return
     if remote.online is False:
         err.print("the device is offline: this is what it said last", style="yellow")
+    if told.shortened:
+        err.print(f"{_SHORTENED}: part of the history may be missing", style="yellow")
     where = "the device's own" if told.source == "local" else "remote"
     out.print(f"[bold]{escape(remote.topics.device_path)}[/bold], {escape(remote.subject)}: version {_version(told)}, {where}")
     _show_trial(told)
@@ -342,7 +348,17 @@ def _read(file: Path) -> tuple[dict[str, Any], LineConfig]:
 
 def _differences(told: ConfigReported, line: LineConfig) -> list[Difference]:
     """But for the version, which every order changes. Of addresses both sides tell what a report does."""
-    return [d for d in differences(told.line, line.document(reported_only=True)) if d.path != "version"]
+    return [d for d in differences(_line_of(told), line.document(reported_only=True)) if d.path != "version"]
+
+
+def _line_of(told: ConfigReported) -> dict[str, Any]:
+    """The document in force. Raises InspectorError where the device had to leave it out."""
+    if not told.line:
+        raise InspectorError(
+            f"{_SHORTENED}: the line document is missing",
+            hint="raise the broker's packet limit (Mosquitto: max_packet_size), or look at line.yaml on the device",
+        )
+    return told.line
 
 
 def _show_differences(found: list[Difference]) -> None:

@@ -34,11 +34,11 @@ PASSWORD = ", username: edge, password_file: credentials/broker-password"
 
 
 @contextmanager
-def installed(tmp_path: Path, broker: Mosquitto, line: str = LINE, login: str = "") -> Iterator[Machine]:
+def installed(tmp_path: Path, broker: Mosquitto, line: str = LINE, login: str = "", storage: str = "") -> Iterator[Machine]:
     """A machine with the service press-1, installed by the shipped verb."""
     with Machine(tmp_path / "machine") as machine:
         coded_bundle(tmp_path / "made")
-        folder = device_folder(machine.files / "etc" / "edge-inspector" / "press-1", broker.port, line)
+        folder = device_folder(machine.files / "etc" / "edge-inspector" / "press-1", broker.port, line, extra=storage)
         shutil.copytree(tmp_path / "made" / "trust", folder / "trust")
         shutil.copytree(tmp_path / "made" / "coded", folder / "bundles" / "coded")
         text = (folder / "device.yaml").read_text().replace(str(ENGINES / "trust"), "trust").replace(str(ENGINES), "bundles")
@@ -46,6 +46,8 @@ def installed(tmp_path: Path, broker: Mosquitto, line: str = LINE, login: str = 
         if login:
             (folder / "credentials").mkdir(mode=0o700)
             (folder / "credentials" / "broker-password").write_text("secret\n")
+        if storage:
+            machine.run("groupadd", "--system", "quality")
         machine.run("edge-inspector", "service", "install", "press-1")
         yield machine
 
@@ -98,6 +100,20 @@ def test_the_installed_service_judges_a_cameras_frames_behind_its_walls(tmp_path
             assert (machine.files / STATE / "outbox.db").exists()
     finally:
         camera.stop()
+
+
+def test_the_pictures_of_the_service_are_open_to_one_group(tmp_path: Path, mosquitto: Mosquitto) -> None:
+    storage = "storage: {evidence_group: quality, evidence_passed: 1.0}\n"
+    with installed(tmp_path, mosquitto, storage=storage) as machine:
+        pictures = machine.files / STATE / "evidence" / "passed"
+        part = until(lambda: next(pictures.glob("*/frames.json"), None), 60, "a part's pictures").parent
+        group = int(machine.run("getent", "group", "quality").split(":")[2])
+        for folder in (pictures.parent, pictures, part):
+            assert (folder.stat().st_mode & 0o777, folder.stat().st_gid) == (0o750, group)
+        for file in part.iterdir():
+            assert (file.stat().st_mode & 0o777, file.stat().st_gid) == (0o640, group)
+        results = pictures.parents[1] / "outbox.db"
+        assert results.stat().st_mode & 0o777 == 0o600
 
 
 def test_what_cannot_start_is_refused_with_what_the_daemon_said(tmp_path: Path, mosquitto: Mosquitto) -> None:
