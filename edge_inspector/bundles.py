@@ -31,6 +31,7 @@ from edge_inspector.graphs import refuse_foreign
 from edge_inspector.results import Moment, Verdict
 from edge_inspector.roi import Roi
 from edge_inspector.schema import MAX_BYTES, Field, Model, TolerantModel, read_json, validate
+from edge_inspector.scoring import Found, both_rates
 from edge_inspector.signatures import Ed25519PrivateKey, Signature, trusted_keys
 
 MANIFEST, NETWORK, SIGNATURE, REPORT = "manifest.json", "network.onnx", "signature", "report.html"
@@ -56,7 +57,10 @@ class InputSpec(Model):
 
 
 class Calibration(Model):
-    """The promise behind the threshold: at most `alpha` of good parts rejected, with that confidence."""
+    """The promise behind the threshold: at most `alpha` of good parts rejected, with that confidence.
+
+    Where the rate to expect was asked for `alpha` is the rate that is sure.
+    """
 
     n: int = Field(ge=1)
     alpha: float = Field(gt=0, lt=1)
@@ -74,6 +78,21 @@ class Sample(Model):
     file: str
     score: float
     verdict: Verdict
+
+
+class Rates(TolerantModel):
+    """Both rates at which the threshold rejects good parts; beside `Calibration`, to which 0.1 lets nothing be added."""
+
+    asked: Literal["expected", "at_most"] = Field(description="which of the two a person chose")
+    wish: float = Field(description="the share that was asked for")
+    expected: float = Field(description="share of good parts that is rejected on average")
+    at_most: float = Field(description="share that is not exceeded, with the calibration's confidence")
+    needed: int = Field(description="good pictures that carry the wish at least")
+    found: float | None = Field(None, description="share of drawn defects that is found; none: none were drawn")
+    found_at_half: float | None = Field(
+        None, description="the same with half as many good parts rejected; none: too few to tell"
+    )
+    found_at_twice: float | None = Field(None, description="the same with twice as many")
 
 
 class FileEntry(Model):
@@ -96,19 +115,14 @@ class TrainedOn(Model):
     depth_bits: int
     intensity_window: tuple[int, int] | None = None
     aspects: tuple[float, float] | None = Field(None, description="smallest and largest width / height")
+
+
+class PictureKind(TolerantModel):
+    """What these pictures had in common; beside `TrainedOn`, to which devices of 0.1 let nothing be added."""
+
     channels: Literal[1, 3] | None = Field(None, description="1: grey, 3: colour; none: as its samples are")
     sizes: tuple[Size, Size] | None = Field(None, description="smallest and largest width and height, in px")
     region: Roi | None = Field(None, description="the region of each picture that was trained on; none: all of it")
-
-    @property
-    def size_range(self) -> tuple[Size, Size]:
-        """Smallest and largest (width, height); of an old bundle what its commonest size and its shapes allow."""
-        if self.sizes is not None:
-            return self.sizes
-        w, h = self.width_px, self.height_px
-        low, high = self.aspects or (w / h, w / h)
-        widths, heights = (w, round(h * low), round(h * high)), (h, round(w / high), round(w / low))
-        return (min(widths), min(heights)), (max(widths), max(heights))
 
 
 class Manifest(TolerantModel):
@@ -124,14 +138,40 @@ class Manifest(TolerantModel):
     network: str
     input: InputSpec
     calibration: Calibration
+    rates: Rates | None = Field(None, description="none: a bundle of 0.1")
     threshold: float = Field(gt=0)
     scale: float = Field(gt=0, description="what the network's scores were divided by")
     samples: tuple[Sample, ...] = Field(min_length=1, max_length=32)
     training: TrainedOn
+    pictures: PictureKind = PictureKind()
     metrics: dict[str, float] = Field(default_factory=dict)
     min_version: str = Field(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$")
     command: str = ""
     files: dict[str, FileEntry]
+
+    @property
+    def rates_said(self) -> str:
+        """What the threshold promises and what that costs, in words."""
+        calibration, rates = self.calibration, self.rates
+        if rates is None and not calibration.kept:
+            return f"promises no rate: {calibration.n} good parts were too few"
+        if rates is None:
+            return f"at most {100 * calibration.alpha:.3g} % of good parts rejected, from {calibration.n} good parts"
+        said = both_rates(rates.expected, rates.at_most, calibration.confidence, calibration.n)
+        if rates.found is None or rates.found_at_twice is None:
+            return said
+        return f"{said}; {Found(rates.found, rates.found_at_half, rates.found_at_twice)}"
+
+    @property
+    def size_range(self) -> tuple[Size, Size]:
+        """Smallest and largest (width, height); of an old bundle what its commonest size and its shapes allow."""
+        if self.pictures.sizes is not None:
+            return self.pictures.sizes
+        trained = self.training
+        w, h = trained.width_px, trained.height_px
+        low, high = trained.aspects or (w / h, w / h)
+        widths, heights = (w, round(h * low), round(h * high)), (h, round(w / high), round(w / low))
+        return (min(widths), min(heights)), (max(widths), max(heights))
 
 
 @dataclass(frozen=True)
@@ -164,8 +204,8 @@ class Bundle:
     @cached_property
     def channels(self) -> int:
         """Of the pictures it was trained on: 1 for grey, 3 for colour. Old bundles show it by their samples."""
-        if self.manifest.training.channels is not None:
-            return self.manifest.training.channels
+        if self.manifest.pictures.channels is not None:
+            return self.manifest.pictures.channels
         return header(self.read(self.manifest.samples[0].file)).channels
 
 

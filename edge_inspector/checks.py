@@ -33,6 +33,7 @@ from edge_inspector.remote.authority import trust_of
 from edge_inspector.replay import setup_in_force
 from edge_inspector.results import MAX_RESULT_BYTES
 from edge_inspector.schema import block
+from edge_inspector.scoring import NEXT_TO_NOTHING
 from edge_inspector.signatures import ORDERS
 from edge_inspector.wiring import door_of, topics_of
 
@@ -187,9 +188,14 @@ def _bundle(device: Device, name: str, bundles: dict[str, Bundle]) -> Finding:
         return Finding(thing, False, error.message, f"{error.hint}; bundles in {device.bundles}: {known}")
     bundles[name] = bundle
     manifest = bundle.manifest
-    return Finding(
-        thing, True, f"release {manifest.release}, key {bundle.key_id}, its {len(manifest.samples)} samples judged right"
+    text = (
+        f"release {manifest.release}, key {bundle.key_id}, its {len(manifest.samples)} samples judged right; "
+        f"{manifest.rates_said}"
     )
+    found = manifest.rates.found if manifest.rates is not None else None
+    if found is not None and found < NEXT_TO_NOTHING:
+        return Finding(thing, False, f"finds next to nothing: {text}", "train with more good pictures, or a larger --expected")
+    return Finding(thing, True, text)
 
 
 def _walls(line: LineConfig) -> Iterator[Finding]:
@@ -307,7 +313,7 @@ def _recipe(line: LineConfig, recipe_id: str, camera: str, image: Pixels, bundle
             height, width = image.shape[:2]
             plan = Plan(bundle.manifest.input, roi.shape, height, width, recipe.intensity_window)
             refuse_camera(bundle, image)
-            refuse_unlike(bundle.manifest.training, bundle.manifest.input, plan.box)
+            refuse_unlike(bundle.manifest, plan.box)
             plan.fill(image, *plan.buffers())
             broken = broken_promise(bundle.manifest, roi.shape, roi.threshold, recipe.intensity_window, plan.box)
             promise = f"; promise {broken}" if broken else ""

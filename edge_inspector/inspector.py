@@ -109,7 +109,7 @@ class Inspector:
                 manifest, box = self.engines[roi.bundle].bundle.manifest, _known_box(roi)
                 try:
                     if box is not None:
-                        preprocess.refuse_unlike(manifest.training, manifest.input, box)
+                        preprocess.refuse_unlike(manifest, box)
                 except preprocess.FormatError as error:
                     return preprocess.FormatError(f"{camera}/{name}: {error.message}", hint=error.hint)
         return None
@@ -163,7 +163,7 @@ class Inspector:
             if plan is None or plan.size != (height, width):
                 manifest, window = job.engine.bundle.manifest, self.recipe.cameras[job.camera].intensity_window
                 plan = preprocess.Plan(manifest.input, job.roi.shape, height, width, window)
-                preprocess.refuse_unlike(manifest.training, manifest.input, plan.box)
+                preprocess.refuse_unlike(manifest, plan.box)
                 self._plans[job.camera, job.roi_name] = plan
                 self.broken_promises[job.camera, job.roi_name] = self._broken(job.camera, job.roi_name, plan)
             preprocess.refuse_camera(job.engine.bundle, job.frame.image)

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_inspector.bundles import Bundle, InputSpec, Manifest, TrainedOn
+from edge_inspector.bundles import Bundle, InputSpec, Manifest
 from edge_inspector.errors import InspectorError
 from edge_inspector.frames import Pixels
 from edge_inspector.results import Region
@@ -215,8 +215,9 @@ def _lut(window: Window) -> NDArray[np.uint8]:
     return np.clip(np.round(levels), 0, 255).astype(np.uint8)
 
 
-def refuse_unlike(trained: TrainedOn, spec: InputSpec, box: Box) -> None:
+def refuse_unlike(manifest: Manifest, box: Box) -> None:
     """Raise FormatError for a region that the network would see squashed or scaled otherwise than in training."""
+    trained, spec = manifest.training, manifest.input
     width, height = box[2:]
     if spec.tile is not None and min(width, height) < spec.tile:
         raise FormatError(
@@ -229,9 +230,9 @@ def refuse_unlike(trained: TrainedOn, spec: InputSpec, box: Box) -> None:
     low, high = trained.aspects or (expected, expected)
     slack = 1 + _ASPECT_TOLERANCE
     squashed = spec.fit == "stretch" and not low / slack <= aspect <= high * slack
-    if squashed or _beyond(trained, box) > _SIZE_TOLERANCE:
+    if squashed or _beyond(manifest, box) > _SIZE_TOLERANCE:
         raise FormatError(
-            f"region of {width}x{height}, the bundle was trained on {_sizes(trained)}",
+            f"region of {width}x{height}, the bundle was trained on {_sizes(manifest)}",
             hint="give the region the size of the training pictures, or train on it: edge-inspector train PICTURES --recipe "
             "LINE.YAML:RECIPE/CAMERA/ROI",
         )
@@ -255,15 +256,15 @@ def _colours(channels: int) -> str:
     return "grey" if channels == 1 else "colour"
 
 
-def _sizes(trained: TrainedOn) -> str:
-    (w, h), (widest, highest) = trained.size_range
+def _sizes(manifest: Manifest) -> str:
+    (w, h), (widest, highest) = manifest.size_range
     return f"{w}x{h}" if (w, h) == (widest, highest) else f"{w}x{h} to {widest}x{highest}"
 
 
-def _beyond(trained: TrainedOn, box: Box) -> float:
+def _beyond(manifest: Manifest, box: Box) -> float:
     """How far a region is outside the sizes of training, as a share of them; 0 within."""
     shares = [
-        max(1 - found / least, found / most - 1, 0.0) for found, least, most in zip(box[2:], *trained.size_range, strict=True)
+        max(1 - found / least, found / most - 1, 0.0) for found, least, most in zip(box[2:], *manifest.size_range, strict=True)
     ]
     return max(shares)
 
@@ -273,15 +274,14 @@ def broken_promise(manifest: Manifest, roi: Roi, threshold: float | None, window
 
     `threshold`: the recipe's own one. `box`: the region in a frame, where a frame's size is known.
     """
-    trained = manifest.training
     why = []
     if threshold is not None and threshold != manifest.threshold:
         why.append("threshold set by the recipe")
-    if window != trained.intensity_window:
+    if window != manifest.training.intensity_window:
         why.append("intensity window is not that of training")
-    if box is not None and _beyond(trained, box) > 0:
-        why.append(f"region of {box[2]}x{box[3]}, trained on {_sizes(trained)}")
-    if _outline(roi) != _outline(trained.region):
+    if box is not None and _beyond(manifest, box) > 0:
+        why.append(f"region of {box[2]}x{box[3]}, trained on {_sizes(manifest)}")
+    if _outline(roi) != _outline(manifest.pictures.region):
         why.append("region of another outline than trained on")
     return f"not valid: {', '.join(why)}" if why else ""
 

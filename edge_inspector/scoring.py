@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -50,76 +50,133 @@ def interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     return (0.0 if k == 0 else solve(k - 1, 1 - tail)), (1.0 if k == n else solve(k, tail))
 
 
+def upper_bound(k: int, n: int, confidence: float) -> float:
+    """The rate that is not exceeded, with this confidence, where k of n were seen (Clopper and Pearson 1934, one-sided)."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if binomial_cdf(k, n, middle) > 1 - confidence else (low, middle)
+    return high
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How many good parts a person allows a threshold to reject."""
+
+    rate: float
+    sure: bool = False
+    """False: `rate` is to be expected. True: it is exceeded with a probability of at most 1 - `confidence`."""
+    confidence: float = 0.95
+
+    def rank(self, n: int) -> int:
+        """The threshold may be the r-th largest of n scores; 0 where n does not carry the wish.
+
+        A fresh part lies above the r-th largest of n others with probability r / (n + 1) at most (Vovk et al. 2005). More
+        than `rate` of all good parts lie above it with probability P(Binomial(n, rate) <= r - 1) (Wilks 1941).
+        Both hold whatever the distribution.
+        """
+        if not self.sure:
+            return min(n, math.floor(self.rate * (n + 1) + 1e-9))
+        rank = 0
+        while rank < n and binomial_cdf(rank, n, self.rate) <= 1 - self.confidence:
+            rank += 1
+        return rank
+
+    @property
+    def needed(self) -> int:
+        """Good parts that carry the wish at least."""
+        if not self.sure:
+            return math.ceil(1 / self.rate - 1 - 1e-9)
+        return math.ceil(math.log(1 - self.confidence) / math.log1p(-self.rate))
+
+    def __str__(self) -> str:
+        return f"{'at most' if self.sure else 'about'} {100 * self.rate:.3g} % of good parts rejected"
+
+
 @dataclass(frozen=True)
 class Promise:
-    """A threshold and what may be said of it: at most `alpha` of good parts are rejected, with that confidence."""
+    """A threshold, and both rates at which it rejects good parts: the one to expect, and the one that is sure."""
 
     threshold: float
     n: int
-    alpha: float
-    confidence: float
+    """Good parts that it was chosen by."""
+    wish: Wish
     kept: bool
-    needed: int
-    """Good pictures that would support the promise; n when it is kept."""
-    supported: float
-    """The smallest share that n good pictures support at this confidence: with the largest score as threshold."""
-    fitted: float
-    """Where a Gumbel tail puts the threshold for `alpha`, without confidence. Without promise it is the threshold."""
+    """Whether n good parts carry the wish. Where they do not the threshold is their largest score."""
+    expected: float
+    """Share of good parts that it rejects on average."""
+    at_most: float
+    """Share that it does not exceed, with the wish's confidence."""
     review: float
     """From here to the threshold another set of n pictures might have put the limit: passed, but worth a look."""
 
+    @property
+    def alpha(self) -> float:
+        """The rate that is promised with the wish's confidence."""
+        return self.wish.rate if self.wish.sure else self.at_most
+
     def __str__(self) -> str:
-        wanted = f"at most {self.alpha:.3g} of good parts rejected, with confidence {self.confidence:.2g}"
+        said = both_rates(self.expected, self.at_most, self.wish.confidence, self.n)
         if self.kept:
-            return f"{wanted}, from {self.n} good parts"
-        more = f"{self.needed - self.n} more good pictures would support it; {self.n} support {self.supported:.2g}"
-        return f"not supported: {wanted}: {more}"
+            return said
+        return f"{said}; {self.wish} was asked for: that needs {self.wish.needed - self.n} more good pictures"
 
 
-def promise(scores: Sequence[float], alpha: float, confidence: float) -> Promise:
-    """The lowest threshold that keeps the promise, from scores of good parts by networks not fitted to them.
+def both_rates(expected: float, at_most: float, confidence: float, n: int) -> str:
+    """The rates of good parts that a threshold rejects, in words, so that none is taken for the other."""
+    return (
+        f"{100 * expected:.3g} % of good parts will be rejected; with {100 * confidence:.3g} % confidence "
+        f"at most {100 * at_most:.3g} %; from {n} good parts"
+    )
 
-    The r-th largest of n scores is exceeded by more than alpha of all good parts with probability
-    P(Binomial(n, alpha) <= r - 1), whatever the distribution (Wilks 1941). Where even the largest does not suffice the
-    threshold is the fitted tail's, a goal and not a promise, and `kept` says so.
+
+NEXT_TO_NOTHING = 0.1
+"""A bundle that finds a smaller share of drawn defects is no good, whatever it promises of good parts."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a threshold costs: shares of drawn defects that lie above it, and above those of half and twice its wish."""
+
+    here: float
+    at_half: float | None
+    """None: there are too few good parts to reject half as many."""
+    at_twice: float
+
+    def __str__(self) -> str:
+        twice = f"{self.at_twice:.0%} with twice as many"
+        if self.at_half is None:
+            return f"{self.here:.0%} of drawn defects are found; {twice} good parts rejected"
+        half = f"{self.at_half:.0%} with half as many good parts rejected"
+        return f"{self.here:.0%} of drawn defects are found; {half}, {twice}"
+
+
+def found(drawn: Sequence[float], good: Sequence[float], wish: Wish) -> Found:
+    """Shares of drawn defects that are found, by their scores and those of good parts."""
+
+    def above(made: Promise) -> float:
+        return float((np.asarray(drawn) > made.threshold).mean())
+
+    half = promise(good, replace(wish, rate=wish.rate / 2))
+    twice = promise(good, replace(wish, rate=min(1.0, 2 * wish.rate)))
+    return Found(above(promise(good, wish)), above(half) if half.kept else None, above(twice))
+
+
+def promise(scores: Sequence[float], wish: Wish) -> Promise:
+    """The lowest threshold that keeps a wish, from scores of good parts by networks not fitted to them.
+
+    Where n does not carry the wish it is the largest score, with the rates that this one has.
     """
     ordered = sorted(scores, reverse=True)
     n = len(ordered)
     if n == 0 or not all(math.isfinite(score) for score in ordered):
         raise ValueError(f"{n} scores, all finite ones are needed")
-    rank = 0
-    while rank < n and binomial_cdf(rank, n, alpha) <= 1 - confidence:
-        rank += 1
-    fitted = gumbel_quantile(ordered, alpha)
-    threshold = ordered[rank - 1] if rank else fitted
-    needed = n if rank else math.ceil(math.log(1 - confidence) / math.log1p(-alpha))
-    lower = next((r for r in range(n) if binomial_cdf(r, n, alpha) >= confidence), n - 1)
-    supported = 1 - (1 - confidence) ** (1 / n)
-    review = min(threshold, ordered[lower])
-    return Promise(threshold, n, alpha, confidence, rank > 0, needed, supported, fitted, review)
-
-
-def gumbel_quantile(scores: Sequence[float], alpha: float) -> float:
-    """The value exceeded with probability alpha under a Gumbel distribution fitted by maximum likelihood.
-
-    A part's score is the largest of many; such maxima tend to this form (Gumbel 1958).
-    """
-    x = np.asarray(scores, float)
-    if np.ptp(x) == 0:
-        return float(x[0])
-    centred = x - x.mean()
-
-    def slack(scale: float) -> float:
-        weight = np.exp(-(centred - centred.min()) / scale)
-        return float(scale + (centred * weight).sum() / weight.sum())
-
-    low, high = 1e-3 * float(x.std()), 10 * float(x.std())  # the likelihood's only root lies within
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slack(middle) < 0 else (low, middle)
-    least = float(centred.min())  # taken out, so that no exponential overflows
-    location = float(x.mean()) + least - low * math.log(float(np.exp(-(centred - least) / low).mean()))
-    return location - low * math.log(-math.log1p(-alpha))
+    kept = wish.rank(n)
+    rank = max(1, kept)
+    threshold = ordered[rank - 1]
+    at_most = upper_bound(rank - 1, n, wish.confidence)
+    lower = next((r for r in range(n) if binomial_cdf(r, n, at_most) >= wish.confidence), n - 1)
+    return Promise(threshold, n, wish, kept > 0, rank / (n + 1), at_most, min(threshold, ordered[lower]))
 
 
 def auroc(normal: ArrayLike, anomalous: ArrayLike) -> float:

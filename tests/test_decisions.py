@@ -28,6 +28,7 @@ from edge_inspector.results import (
 )  # fmt: skip
 from edge_inspector.roi import Rectangle, Roi
 from edge_inspector.schema import json_schema
+from edge_inspector.scoring import Wish
 
 NOW = datetime(2026, 11, 23, 8, 15, 30, 100_000, tzinfo=timezone.utc)
 
@@ -75,25 +76,78 @@ def test_a_score_that_is_no_number_decides_nothing(score: float) -> None:
     assert scoring.judge(score, 1.0) == (Verdict.UNDECIDED, Reason.NOT_A_NUMBER)
 
 
-def test_the_promise_holds_on_fresh_good_parts() -> None:
-    """Over 400 draws the promised rate is exceeded in at most 5 % (with the binomial's own slack)."""
+def true_rate(threshold: float) -> float:
+    """Share of a lognormal population above a threshold."""
+    return 1 - 0.5 * (1 + math.erf(math.log(threshold) / math.sqrt(2)))
+
+
+def test_the_sure_rate_is_exceeded_on_fresh_good_parts_as_seldom_as_it_says() -> None:
+    """Over 400 draws in at most 5 % (with the binomial's own slack)."""
     rng = np.random.default_rng(7)
+    wish = Wish(0.05, sure=True)
     broken = 0
     for _ in range(400):
-        made = scoring.promise(rng.lognormal(size=120).tolist(), 0.05, 0.95)
-        true_rate = 1 - 0.5 * (1 + math.erf(math.log(made.threshold) / math.sqrt(2)))
-        broken += true_rate > 0.05
+        made = scoring.promise(rng.lognormal(size=120).tolist(), wish)
+        assert made.at_most <= wish.rate
+        broken += true_rate(made.threshold) > made.at_most
     assert scoring.binomial_cdf(broken - 1, 400, 0.05) < 0.999
     assert broken > 0, "a threshold that never breaks it is needlessly high"
 
 
-def test_too_few_pictures_promise_nothing_and_say_how_many_are_missing() -> None:
-    made = scoring.promise([1.0, 3.0, 2.0], 0.05, 0.95)
-    assert (made.threshold, made.kept, made.needed) == (made.fitted, False, 59)
-    assert made.threshold > 3.0  # the fitted tail's goal; nothing is promised
-    assert made.supported == pytest.approx(1 - 0.05 ** (1 / 3))
-    assert "56 more good pictures would support it; 3 support 0.63" in str(made)
-    assert scoring.promise(list(range(1, 60)), 0.05, 0.95).kept
+@pytest.mark.parametrize("rate", [0.02, 0.05, 0.1])
+def test_the_expected_rate_is_that_of_fresh_good_parts_on_average(rate: float) -> None:
+    rng = np.random.default_rng(8)
+    rates = []
+    for _ in range(400):
+        made = scoring.promise(rng.lognormal(size=119).tolist(), Wish(rate))
+        assert made.expected <= rate
+        rates.append(true_rate(made.threshold))
+    slack = 4 * np.std(rates) / len(rates) ** 0.5
+    assert abs(np.mean(rates) - made.expected) < slack
+
+
+@given(
+    st.lists(st.floats(0.1, 10), min_size=1, max_size=80),
+    st.floats(0.001, 0.5),
+    st.floats(0.001, 0.5),
+    st.booleans(),
+)
+def test_who_allows_more_rejects_gets_no_higher_threshold(scores: list[float], one: float, other: float, sure: bool) -> None:
+    low, high = sorted((one, other))
+    strict, lax = (scoring.promise(scores, Wish(rate, sure=sure)) for rate in (low, high))
+    assert strict.threshold >= lax.threshold
+    assert strict.threshold in scores, "no fitted tail decides"
+
+
+@pytest.mark.parametrize(
+    ("wish", "needed", "at_most"),
+    [(Wish(0.05, sure=True), 59, 1 - 0.05 ** (1 / 3)), (Wish(0.05), 19, 1 - 0.05 ** (1 / 3))],
+)
+def test_too_few_pictures_give_the_largest_score_and_say_how_many_are_missing(wish: Wish, needed: int, at_most: float) -> None:
+    made = scoring.promise([1.0, 3.0, 2.0], wish)
+    assert (made.threshold, made.kept, made.expected) == (3.0, False, 0.25)
+    assert made.at_most == pytest.approx(at_most)
+    assert f"needs {needed - 3} more good pictures" in str(made)
+    assert not scoring.promise(list(range(1, needed)), wish).kept
+    assert scoring.promise(list(range(1, needed + 1)), wish).kept
+
+
+def test_both_rates_are_told_apart() -> None:
+    made = scoring.promise(list(range(200)), Wish(0.03))
+    assert str(made) == ("2.99 % of good parts will be rejected; with 95 % confidence at most 5.18 %; from 200 good parts")
+
+
+def test_what_a_threshold_costs_is_told_for_half_and_twice_as_many_rejects() -> None:
+    good = [float(n) for n in range(1, 100)]
+    drawn = [94.5, 96.5, 97.5, 98.5]
+    cost = scoring.found(drawn, good, Wish(0.04))
+    assert (cost.here, cost.at_half, cost.at_twice) == (0.75, 0.25, 1.0)
+    assert str(cost) == ("75% of drawn defects are found; 25% with half as many good parts rejected, 100% with twice as many")
+    few = scoring.found(drawn, good[-30:], Wish(0.04))
+    assert (few.at_half, str(few)) == (
+        None,
+        "0% of drawn defects are found; 25% with twice as many good parts rejected",
+    )
 
 
 def test_intervals_are_clopper_and_pearsons() -> None:

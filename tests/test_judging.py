@@ -203,7 +203,7 @@ def test_a_bundle_is_trained_on_the_outline_of_its_recipe_and_a_refused_training
         assert not (tmp_path / "new").exists(), changes
     polygon = ((10, 10), (105, 12), (60, 100))
     training.train(dataclasses.replace(wanted, roi=Roi(polygon=polygon)))
-    trained = json.loads((out / "manifest.json").read_text())["training"]
+    trained = json.loads((out / "manifest.json").read_text())["pictures"]
     assert trained["sizes"] == [[96, 91], [96, 91]]
     assert trained["channels"] == 3
     assert trained["region"] == {"polygon": [list(corner) for corner in polygon]}

@@ -242,7 +242,7 @@ def test_frames_that_do_not_fit_are_undecided_and_say_why() -> None:
 
 
 def test_a_whole_region_network_refuses_another_shape() -> None:
-    trained = open_bundle(ENGINES / "paper", ENGINES / "trust").manifest.training
-    preprocess.refuse_unlike(trained, spec(), (0, 0, 150, 150))
+    manifest = open_bundle(ENGINES / "paper", ENGINES / "trust").manifest.model_copy(update={"input": spec()})
+    preprocess.refuse_unlike(manifest, (0, 0, 150, 150))
     with pytest.raises(preprocess.FormatError, match="trained on"):
-        preprocess.refuse_unlike(trained, spec(), (0, 0, 640, 480))
+        preprocess.refuse_unlike(manifest, (0, 0, 640, 480))

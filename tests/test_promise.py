@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from edge_inspector import pictures, preprocess
-from edge_inspector.bundles import Bundle, InputSpec, TrainedOn, open_bundle
+from edge_inspector.bundles import Bundle, InputSpec, PictureKind, Rates, TrainedOn, open_bundle
 from edge_inspector.checks import check_device
 from edge_inspector.frames import frozen
 from edge_inspector.inspector import Inspector
 from edge_inspector.recipes import CameraRecipe, Recipe, RoiRecipe
 from edge_inspector.roi import Rectangle, Roi
 from edge_inspector.runtime import OnnxEngine
-from tests.line import ENGINES, RECORDING, DaemonProcess, Mosquitto, device_folder, listening, until
+from tests.line import ENGINES, RECORDING, DaemonProcess, Mosquitto, device_folder, line_yaml, listening, until
 from tests.test_preprocess import frame
+from tests.tiny import tiny_bundle
 
 LINE = """\
 schema: ei.line.v1
@@ -84,6 +85,26 @@ def test_a_frame_of_another_depth_is_refused_with_both(paper: Bundle) -> None:
     assert (found.reason.value, found.detail) == ("wrong_format", "16-bit frame, the bundle was trained on 8 bit")
 
 
+@pytest.mark.parametrize(("found", "ok"), [(0.7, True), (0.04, False), (0.0, False)])
+def test_check_tells_both_rates_and_their_cost_and_refuses_what_finds_next_to_nothing(
+    tmp_path: Path, mosquitto: Mosquitto, found: float, ok: bool
+) -> None:
+    rates = Rates(
+        asked="expected", wish=0.05, expected=0.05, at_most=0.08, needed=19,
+        found=found, found_at_half=0.03, found_at_twice=0.8,
+    )  # fmt: skip
+    tiny_bundle(tmp_path, rates=rates)
+    folder = device_folder(tmp_path / "device", mosquitto.port, line_yaml(bundle="tiny"))
+    text = (folder / "device.yaml").read_text()
+    text = text.replace(f"trust: {ENGINES / 'trust'}", f"trust: {tmp_path / 'trust'}")
+    (folder / "device.yaml").write_text(text.replace(f"bundles: {ENGINES}", f"bundles: {tmp_path}"))
+    said = {finding.thing: finding for finding in check_device(folder / "device.yaml")}
+    assert said["bundle tiny"].ok is ok
+    assert "5 % of good parts will be rejected; with 95 % confidence" in said["bundle tiny"].text
+    assert f"{found:.0%} of drawn defects are found" in said["bundle tiny"].text
+    assert ("next to nothing" in said["bundle tiny"].text) is not ok
+
+
 @pytest.mark.parametrize(
     ("width", "height", "refused", "told"),
     [(100, 50, False, False), (140, 70, False, False), (160, 80, False, True), (82, 42, False, True), (176, 88, True, True),
@@ -93,16 +114,15 @@ def test_a_region_is_refused_beyond_a_fifth_and_told_from_the_first_pixel_on(
     width: int, height: int, refused: bool, told: bool, paper: Bundle
 ) -> None:
     """Trained on pictures of 100x50 to 140x70."""
-    trained = TrainedOn(
-        digest="", pictures=9, height_px=60, width_px=120, depth_bits=8, aspects=(2.0, 2.0), sizes=((100, 50), (140, 70))
-    )
-    spec, box = InputSpec(height=32, width=64), (0, 0, width, height)
+    trained = TrainedOn(digest="", pictures=9, height_px=60, width_px=120, depth_bits=8, aspects=(2.0, 2.0))
+    kind, spec = PictureKind(sizes=((100, 50), (140, 70))), InputSpec(height=32, width=64)
+    manifest = paper.manifest.model_copy(update={"training": trained, "pictures": kind, "input": spec})
+    box = (0, 0, width, height)
     if refused:
         with pytest.raises(preprocess.FormatError, match=f"{width}x{height}.*100x50 to 140x70"):
-            preprocess.refuse_unlike(trained, spec, box)
+            preprocess.refuse_unlike(manifest, box)
     else:
-        preprocess.refuse_unlike(trained, spec, box)
-    manifest = paper.manifest.model_copy(update={"training": trained})
+        preprocess.refuse_unlike(manifest, box)
     assert bool(preprocess.broken_promise(manifest, Roi(), None, None, box)) is told
 
 
@@ -116,7 +136,7 @@ def test_the_promise_is_that_of_threshold_window_and_outline(paper: Bundle) -> N
     assert "window" in told(Roi(), None, (0, 200))
     corners = ((10, 10), (138, 10), (70, 138))
     assert "outline" in told(Roi(polygon=corners))
-    trained = paper.manifest.training.model_copy(update={"region": Roi(polygon=tuple((x - 9, y - 9) for x, y in corners))})
-    manifest = paper.manifest.model_copy(update={"training": trained})
+    kind = PictureKind(region=Roi(polygon=tuple((x - 9, y - 9) for x, y in corners)))
+    manifest = paper.manifest.model_copy(update={"pictures": kind})
     assert preprocess.broken_promise(manifest, Roi(polygon=corners), None, None, None) == ""
     assert "outline" in preprocess.broken_promise(manifest, Roi(), None, None, None)
