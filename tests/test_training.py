@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import jsonschema
 import numpy as np
 import pytest
 
-from edge_inspector import bundles, pictures, signatures
+from edge_inspector import bundles, pictures, scoring, signatures
 from edge_inspector.bundles import InputSpec
 from edge_inspector.cameras.synthetic import draw_part
 from edge_inspector.errors import PictureError, TrainingError
@@ -22,6 +23,7 @@ from edge_inspector.recipes import CameraRecipe, Recipe, RoiRecipe
 from edge_inspector.results import Verdict
 from edge_inspector.roi import Rectangle, Roi
 from edge_inspector.runtime import OnnxEngine, judge_samples
+from edge_inspector.scoring import Wish
 from tests.line import filled
 from tests.test_preprocess import frame
 
@@ -30,14 +32,18 @@ torch = pytest.importorskip("torch", reason='torch is not installed: pip install
 import onnx  # noqa: E402
 
 from edge_inspector import training  # noqa: E402
-from edge_inspector.training import data, evaluation, generation  # noqa: E402
+from edge_inspector.training import data, evaluation, generation, orders  # noqa: E402
 from edge_inspector.training.networks import Family, feature_weights  # noqa: E402
 from edge_inspector.training.networks.fanogan_fit import Fanogan, Fitter  # noqa: E402
+from edge_inspector.training.networks.feature_anogan import blocks, patches, scaled  # noqa: E402
 from edge_inspector.training.networks.feature_fit import FeatureAnogan  # noqa: E402
 from edge_inspector.training.networks.feature_material import Extractor, Gatherer, gathered  # noqa: E402
+from edge_inspector.training.networks.feature_residuals import Residuals, moments  # noqa: E402
 from edge_inspector.training.orders import Order  # noqa: E402
 from edge_inspector.training.run import Progress, Run  # noqa: E402
 
+READ_BY_0_1 = Path(__file__).parent / "cases" / "installation-0.1" / "manifest.schema.json"
+"""What the first release refuses of a manifest; a device that runs it takes bundles that are made now."""
 TINY = Fanogan(side=32, width=4, batch=8, critic_steps=1, gan_steps=6, encoder_steps=60)
 SMALL = FeatureAnogan(side=64, prototypes=64, steps=30)
 INT8 = dataclasses.replace(SMALL, int8=True)
@@ -56,7 +62,7 @@ def order(tmp_path: Path, folder: Path, **more: object) -> Order:
         signatures.create_key(key, tmp_path / "trust")
     values: dict[str, object] = {
         "folder": folder, "out": tmp_path / "bundle", "product": "disc", "name": "disc",
-        "key": signatures.read_private_key(key), "family": TINY, "seed": 3, "alpha": 0.1, "command": "edge-inspector train x",
+        "key": signatures.read_private_key(key), "family": TINY, "seed": 3, "wish": Wish(0.1), "command": "edge-inspector train x",
     }  # fmt: skip
     return Order(**{**values, **more})  # type: ignore[arg-type]
 
@@ -67,6 +73,8 @@ def test_a_folder_of_good_parts_becomes_a_signed_bundle_that_keeps_its_word(tmp_
     trained = training.train(order(tmp_path, drawn(tmp_path / "good", 60), family=family), steps.append)
     opened = bundles.open_bundle(trained.folder, tmp_path / "trust")
     manifest = opened.manifest
+    written = json.loads((trained.folder / bundles.MANIFEST).read_text())
+    jsonschema.validate(written, json.loads(READ_BY_0_1.read_text()))
     graph = onnx.load_from_string(opened.read(bundles.NETWORK)).graph
     kinds = {w.name: w.data_type for w in graph.initializer}
     dequantised = {kinds.get(n.input[0], onnx.TensorProto.INT8) for n in graph.node if n.op_type == "DequantizeLinear"}
@@ -91,7 +99,7 @@ def test_a_folder_of_good_parts_becomes_a_signed_bundle_that_keeps_its_word(tmp_
     json.dumps(found.to_json())
     page = (trained.folder / "report.html").read_text()
     assert "edge-inspector train x" in page
-    assert "at most 0.1 of good parts rejected" in page
+    assert "of good parts will be rejected; with 95 % confidence" in page
     assert "Detection limit" in page
     assert page.count("<polyline") == (3 if family is TINY else 8)
     assert ("what G draws freely" if family is TINY else "neither the parts nor such defects") in page
@@ -180,7 +188,7 @@ def test_an_interrupted_flagship_resumes_to_the_same_network(tmp_path: Path) -> 
         begun = [(now.stage, now.step) for now in seen if now.stage != "generator 2 of 3" or stage != ""]
         assert begun[0] == first, "what was kept is not done again"
     assert {f"generator {n}" for n in ("1 of 3", "2 of 3", "3 of 3", "for all")} < set(run.losses)
-    sheets = [pictures.read(tmp_path / "b" / f"sheet-heads-{fold}.png") for fold in range(3)]
+    sheets = [pictures.read(tmp_path / "b" / f"sheet-fold-{fold}.png") for fold in range(3)]
     assert all(sheet.shape[0] == 64 and sheet.shape[1] % 32 == 0 for sheet in sheets)
     assert all(torch.equal(a, b) for a, b in zip(states(whole.graph), states(resumed.graph), strict=True))
     assert np.array_equal(whole.scores, resumed.scores)
@@ -300,22 +308,54 @@ def test_a_score_is_the_same_from_memory_and_one_by_one(tmp_path: Path) -> None:
     surveyed = data.survey(drawn(tmp_path / "good", 20))
     spec = SMALL.input_spec(surveyed, None, 0)
     (tmp_path / "work").mkdir()
-    material = gathered(surveyed.paths, surveyed.folds(3), spec, None, Run(tmp_path / "work"))
+    material = gathered(surveyed.paths, surveyed.folds(SMALL.folds), spec, None, Run(tmp_path / "work"))
     heads = SMALL.heads(material, Run(tmp_path / "work"), "x")
     crossed = feature_weights.cross_fit(material, heads)
-    weights = crossed.normalised((1, 1, 1))
+    fold = int(material.fold[0])
+    normal = crossed.without[fold]
     tiles = data.load_tiles(surveyed.paths[:1], spec, None)
-    alone = feature_weights.score_of(
-        heads[material.fold[0]], weights, *material.extractor([tiles.images[0]]), torch.from_numpy(tiles.valid)
-    )
-    assert alone == pytest.approx(crossed.scores(weights, spoiled=False)[0], rel=5e-3)  # memory is at half precision
+    features = patches(*material.extractor([tiles.images[0]]))
+    valid = torch.from_numpy(tiles.valid)
+    alone = feature_weights.score_of(heads[fold], normal.mean, 1 / normal.spread, features, valid)
+    assert alone == pytest.approx(crossed.scores((1.0, 1.0, 1.0), spoiled=False)[0], rel=5e-3)  # memory is at half precision
+
+
+def test_a_threshold_that_rests_on_few_odd_parts_is_said_with_their_names() -> None:
+    names = [Path(f"{n:03d}.png") for n in range(40)]
+    even = [1 + n / 100 for n in range(40)]
+    promise = scoring.promise(even, Wish(0.05))
+    assert list(orders._rests_on(names, even, [1.2, 1.3], promise)) == []
+    odd = [*even[:37], 4.0, 5.0, 6.0]
+    (said,) = orders._rests_on(names, odd, [1.2, 1.5, 1.7, 9.0], scoring.promise(odd, Wish(0.05)))
+    assert "few parts decide the threshold, 5" in said
+    assert "without the oddest 2: 4, 25% of drawn defects found" in said
+    assert "without the oddest 4: 1.35, 75% of drawn defects found" in said
+    assert "039.png, 038.png, 037.png" in said
+
+
+def test_a_fold_taken_away_leaves_the_gaussian_of_the_others(tmp_path: Path) -> None:
+    surveyed = data.survey(drawn(tmp_path / "good", 24))
+    spec = SMALL.input_spec(surveyed, None, 0)
+    run = Run(tmp_path)
+    material = gathered(surveyed.paths, surveyed.folds(SMALL.folds), spec, None, run)
+    mean, spread = moments(material, torch.arange(24))
+    found = Residuals(material, 64, run).gaussian(5, mean, spread)
+    others = torch.from_numpy(np.flatnonzero(material.fold != 5))
+    f = scaled(material.good.raw(others), mean, spread)
+    assert torch.allclose(found.mean[0], f.mean(0), atol=1e-4)
+    some = blocks(f)[3]
+    centre = blocks(f.mean(0)[None])[3]
+    covariance = some.T @ some / len(some) - centre.T @ centre / len(centre)
+    away = torch.randn(len(covariance), generator=torch.Generator().manual_seed(1))
+    expected = away @ torch.linalg.inv(covariance.double() + 0.05 * torch.eye(len(away))).float() @ away
+    assert ((away @ found.whitening[3].float()) ** 2).sum().item() == pytest.approx(expected.item(), rel=0.02)
 
 
 def test_a_bright_12_bit_camera_gets_blots_within_its_scale_and_pictures_that_evaluate_reads(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "good", 24, size=48)
     for path in pictures.listed(folder).taken:
         pictures.write(path, (2600 + pictures.read(path)[:, :, 0].astype(np.uint16) * 5))
-    trained = training.train(order(tmp_path, folder, family=SMALL, intensity_window=(0, 4095), alpha=0.2))
+    trained = training.train(order(tmp_path, folder, family=SMALL, intensity_window=(0, 4095), wish=Wish(0.2)))
     assert not any("lamp" in remark.text for remark in trained.remarks)
     opened = bundles.open_bundle(trained.folder, tmp_path / "trust")
     assert pictures.read(trained.folder / "sample-fail-1.png").max() <= 4095
@@ -334,14 +374,14 @@ def test_tiles_are_never_wider_than_the_pictures(tmp_path: Path) -> None:
     (tmp_path / "strips").mkdir()
     for n in range(20):
         pictures.write(tmp_path / "strips" / f"{n:02d}.png", draw_part(np.random.default_rng(n), 40, 120, False))
-    trained = training.train(order(tmp_path, tmp_path / "strips", family=SMALL, tile=512, alpha=0.2))
+    trained = training.train(order(tmp_path, tmp_path / "strips", family=SMALL, tile=512, wish=Wish(0.2)))
     assert "tiles of 40 px instead of 512" in " ".join(str(remark) for remark in trained.remarks)
     manifest = bundles.open_bundle(trained.folder, tmp_path / "trust").manifest
     assert manifest.input.tile == 40
     with pytest.raises(FormatError, match="narrower than the bundle's tiles"):
-        refuse_unlike(manifest.training, manifest.input, (0, 0, 120, 30))
+        refuse_unlike(manifest, (0, 0, 120, 30))
     with pytest.raises(TrainingError, match="--tile 8"):
-        thin = dataclasses.replace(data.survey(tmp_path / "strips"), height_px=8, width_px=2000)
+        thin = dataclasses.replace(data.survey(tmp_path / "strips"), height_px=8, width_px=4000)
         FeatureAnogan().input_spec(thin, None, 0)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_inspector import bundles, pictures, signatures
-from edge_inspector.bundles import Bundle, Calibration, InputSpec, Manifest, Sample, TrainedOn
+from edge_inspector.bundles import Bundle, Calibration, InputSpec, Manifest, PictureKind, Sample, TrainedOn
 from edge_inspector.frames import utc_now
 from edge_inspector.results import Verdict
 from edge_inspector.scoring import judge
@@ -137,14 +137,12 @@ def _signed(
     for file, (image, _) in shown.items():
         pictures.write(place / file, image)
     samples = [Sample(file=file, score=score, verdict=judge(score, threshold)[0]) for file, (_, score) in shown.items()]
-    trained = TrainedOn(
-        digest="0", pictures=1, height_px=spec.height, width_px=spec.width, depth_bits=8, aspects=(0.1, 10.0),
-        sizes=((8, 8), (8192, 8192)), channels=channels,
-    )  # fmt: skip
+    trained = TrainedOn(digest="0", pictures=1, height_px=spec.height, width_px=spec.width, depth_bits=8, aspects=(0.1, 10.0))
+    kind = PictureKind(sizes=((8, 8), (8192, 8192)), channels=channels)
     manifest = Manifest(**{
         "schema": "ei.bundle.v1", "name": name, "release": 1, "product": "tiny", "created_at": utc_now(), "input": spec,
-        "network": f"{name}: by hand", "threshold": threshold, "scale": 1.0, "samples": tuple(samples), "training": trained,
-        "min_version": "0.1.0", "calibration": Calibration(n=1, alpha=0.5, confidence=0.5, kept=True, scores=(0.1,)),
+        "network": f"{name}: by hand", "threshold": threshold, "scale": 1.0, "samples": tuple(samples), "training": trained, "pictures": kind,
+        "min_version": "0.1.0", "calibration": Calibration(n=1, alpha=0.5, confidence=0.95, kept=True, scores=(0.1,)),
         "files": bundles.file_entries(place), **more,
     })  # fmt: skip
     bundles.write_manifest(place, manifest)

@@ -33,6 +33,7 @@ from edge_inspector.cli.shown import (
 )  # fmt: skip
 from edge_inspector.errors import InspectorError
 from edge_inspector.installation import install
+from edge_inspector.scoring import NEXT_TO_NOTHING, Wish
 
 if TYPE_CHECKING:
     from edge_inspector.frames import Pixels
@@ -44,6 +45,21 @@ if TYPE_CHECKING:
 
 _TRUST = Path("trust")
 _KEY = Path("keys/signing.key")
+_EXPECTED = 0.05
+ExpectedOption = Annotated[
+    float | None,
+    typer.Option(min=0.0001, max=0.5, help="share of good parts rejected on average", show_default=str(_EXPECTED)),
+]
+AtMostOption = Annotated[
+    float | None,
+    typer.Option(
+        "--at-most",
+        "--alpha",
+        min=0.0001,
+        max=0.5,
+        help="instead: share of good parts that is not exceeded, with 95 % confidence; --alpha is its old name",
+    ),
+]
 
 
 def _trained(order: Order, run: Callable[..., Trained]) -> Trained:
@@ -112,14 +128,15 @@ def train(
     family: Annotated[Family, typer.Option(help="feature-anogan finds most; fanogan is for comparison")] = (
         Family.FEATURE_ANOGAN
     ),
-    size: Annotated[int | None, typer.Option(help="side of the network's input [384; fanogan 64]")] = None,
+    size: Annotated[int | None, typer.Option(help="side of the network's input [256; fanogan 64]")] = None,
     rectangle: RectangleOption = None,
     polygon: PolygonOption = None,
     recipe: RecipeOption = None,
     tile: Annotated[int | None, typer.Option(min=16, max=4096, help="side in px of squares that pictures are cut into")] = None,
     overlap: Annotated[float, typer.Option(min=0, max=0.5)] = 0.0,
     intensity_window: Annotated[tuple[int, int] | None, typer.Option(help="for 10 to 16 bit: black and white level")] = None,
-    alpha: Annotated[float, typer.Option(min=0.0001, max=0.5, help="share of good parts that may be rejected")] = 0.05,
+    expected: ExpectedOption = None,
+    at_most: AtMostOption = None,
     seed: Annotated[int, typer.Option(min=0)] = 1,
     steps: Annotated[int | None, typer.Option(min=20, help="feature-anogan: steps of G and of D [400]")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="feature-anogan: an INT8 backbone, everything fitted to it")] = False,
@@ -154,18 +171,31 @@ def train(
     order = Order(
         folder=folder, out=out_folder / (name or product), product=product, name=name or product, key=signing,
         release=release, family=_family(family, given), seed=seed, roi=wanted.roi, tile=tile, overlap=overlap,
-        intensity_window=intensity_window or wanted.window, alpha=alpha, device=device, restart=restart, minutes=minutes,
-        latency_ms=latency_ms,         command=f"edge-inspector {shlex.join(sys.argv[1:])}",
+        intensity_window=intensity_window or wanted.window,
+        wish=_wish(expected, at_most), device=device, restart=restart, minutes=minutes,
+        latency_ms=latency_ms, command=f"edge-inspector {shlex.join(sys.argv[1:])}",
     )  # fmt: skip
-    _told(_trained(order, run), alpha, as_json=as_json)
+    _told(_trained(order, run), as_json=as_json)
 
 
-def _told(trained: Trained, alpha: float, *, as_json: bool) -> None:
+def _wish(expected: float | None, at_most: float | None) -> Wish:
+    if expected is not None and at_most is not None:
+        raise InspectorError(
+            "--expected and --at-most: only one of them chooses the threshold",
+            hint="the other rate is told with the bundle",
+        )
+    return Wish(at_most, sure=True) if at_most is not None else Wish(expected or _EXPECTED)
+
+
+def _told(trained: Trained, *, as_json: bool) -> None:
     """What was made, for programs or people."""
+    promise = trained.promise
     if as_json and not out.quiet:
         print_json({
-            "bundle": str(trained.folder), "threshold": trained.promise.threshold, "kept": trained.promise.kept,
-            "n": trained.promise.n, "alpha": alpha, "supported_alpha": trained.promise.supported, "parity": trained.parity,
+            "bundle": str(trained.folder), "threshold": promise.threshold, "kept": promise.kept, "n": promise.n,
+            "expected": promise.expected, "at_most": promise.at_most, "alpha": promise.alpha,
+            "needed": promise.wish.needed, "found": dataclasses.asdict(trained.found) if trained.found else None,
+            "parity": trained.parity,
             "key": trained.key_id, "audit": [remark.to_json() for remark in trained.remarks], "notes": trained.notes,
             "detection_limit": trained.limit.to_json(),
         })  # fmt: skip
@@ -173,7 +203,9 @@ def _told(trained: Trained, alpha: float, *, as_json: bool) -> None:
     for note in trained.notes:
         out.print(note, markup=False)
     out.print(f"detection limit: {trained.limit}")
-    out.print(f"promise: {trained.promise}", style="" if trained.promise.kept else "yellow")
+    out.print(f"promise: {promise}", style="" if promise.kept else "yellow")
+    if trained.found is not None:
+        out.print(f"cost: {trained.found}", style="red" if trained.found.here < NEXT_TO_NOTHING else "")
     out.print(f"bundle {trained.folder}, signed by key {trained.key_id}")
     out.print(f"report: {trained.folder / 'report.html'}")
 
@@ -256,7 +288,9 @@ def generate(
     bundle: BundleArgument,
     out_folder: Annotated[Path, typer.Option("--out", help="folder for the pictures")],
     count: Annotated[int, typer.Option(min=1, max=10_000, help="pictures of each kind")] = 16,
-    folder: Annotated[Path | None, typer.Option("--into", help="good pictures to draw defects into [the samples]")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--into", help="good pictures to draw defects into", show_default="the samples")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 1,
     trust: TrustOption = _TRUST,
     as_json: JsonOption = False,

@@ -118,7 +118,7 @@ def _refuse_few(folder: Path, read: _Read) -> None:
     why += f" ({len(read.copies)} exact copies do not count)" if read.copies else ""
     raise TrainingError(
         f"{folder}: {len(read.found)} usable pictures{why}, at least {MIN_PICTURES} are needed",
-        hint="take more pictures of good parts; 59 support a promised false-reject rate of 5 %, 299 one of 1 %",
+        hint="take more pictures of good parts; 200 are a good start",
     )
 
 

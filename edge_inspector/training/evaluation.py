@@ -346,7 +346,7 @@ class _Judged:
         height, width = image.shape[:2]
         plan = preprocess.Plan(manifest.input, self._roi, height, width, manifest.training.intensity_window)
         preprocess.refuse_camera(bundle, image)
-        preprocess.refuse_unlike(manifest.training, manifest.input, plan.box)
+        preprocess.refuse_unlike(manifest, plan.box)
         x, y, w, h = plan.box
         scores, tiles = judged_tiles(self._engine, plan, image)
         score, anomaly = float(scores.max()), plan.stitched(tiles).astype(np.float32)

@@ -5,18 +5,28 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
-from edge_inspector import bundles, scoring
-from edge_inspector.bundles import NAME_PATTERN, Bundle, Calibration, FileEntry, InputSpec, Manifest, Sample, TrainedOn
+from edge_inspector import bundles, pictures, scoring
+from edge_inspector.bundles import (
+    NAME_PATTERN,
+    Bundle,
+    Calibration,
+    FileEntry,
+    InputSpec,
+    Manifest,
+    PictureKind,
+    Rates,
+    Sample,
+    TrainedOn,
+)
 from edge_inspector.errors import InspectorError, TrainingError
 from edge_inspector.frames import utc_now
 from edge_inspector.preprocess import Window
@@ -30,7 +40,11 @@ from edge_inspector.training.networks.feature_fit import FeatureAnogan
 from edge_inspector.training.run import Progress, Run, key_of
 
 _PARITY_PICTURES, _WHITEST = 16, 65535
+_ODDEST, _RESTS = (1, 2, 4), 0.9
+"""A threshold that falls below this share of itself without so many of the oddest parts rests on these."""
 _STEP_PX = 32
+_READ_SINCE = "0.1.0"
+"""The first release that can read and run what is made here: what was added since, it ignores."""
 Made = TypeVar("Made")
 
 
@@ -52,8 +66,8 @@ class Order:
     tile: int | None = None
     overlap: float = 0.0
     intensity_window: Window | None = None
-    alpha: float = 0.05
-    confidence: float = 0.95
+    wish: scoring.Wish = field(default_factory=lambda: scoring.Wish(0.05))
+    """How many good parts may be rejected."""
     device: str = "cpu"
     restart: bool = False
     minutes: float | None = None
@@ -69,6 +83,8 @@ class Trained:
 
     folder: Path
     promise: scoring.Promise
+    found: scoring.Found | None
+    """What the threshold costs; None where no defects were drawn."""
     remarks: tuple[audit.Remark, ...]
     notes: tuple[str, ...]
     limit: limits.Curve
@@ -226,7 +242,9 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
     graph: Any = fitted.graph
     graph.unit.fill_(scale)
     scores = fitted.scores / scale
-    promise = scoring.promise(scores[known].tolist(), order.alpha, order.confidence)
+    good = scores[known].tolist()
+    promise = scoring.promise(good, order.wish)
+    found = scoring.found((fitted.drawn / scale).tolist(), good, order.wish) if len(fitted.drawn) else None
     some = surveyed.paths[:: max(1, len(surveyed.paths) // _PARITY_PICTURES)][:_PARITY_PICTURES]
     tiles = data.load_tiles(some, spec, order.intensity_window).images[:_PARITY_PICTURES]
     export.export(graph, part / bundles.NETWORK, tiles[:1])
@@ -238,14 +256,21 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
     manifest = _draft(order, surveyed, spec).model_copy(
         update={
             "calibration": Calibration(
-                n=promise.n, alpha=order.alpha, confidence=order.confidence, kept=promise.kept,
-                scores=tuple(sorted(scores[known].tolist())), method=fitted.method, tail=promise.fitted, review=promise.review,
+                n=promise.n, alpha=promise.alpha, confidence=promise.wish.confidence, kept=promise.kept,
+                scores=tuple(sorted(good)), method=fitted.method, review=promise.review,
+            ),
+            "rates": Rates(
+                asked="at_most" if promise.wish.sure else "expected", wish=promise.wish.rate, expected=promise.expected,
+                at_most=promise.at_most, needed=promise.wish.needed, found=found and found.here,
+                found_at_half=found and found.at_half, found_at_twice=found and found.at_twice,
             ),
             "threshold": promise.threshold, "scale": scale,
         }
     )  # fmt: skip
     ascending = [i for i in np.argsort(scores) if known[i]]
     ranked = [surveyed.paths[i] for i in ascending]
+    rests = _rests_on(ranked, sorted(good), (fitted.drawn / scale).tolist(), promise)
+    fitted = replace(fitted, notes=(*fitted.notes, *rests))
     graph_bytes = (part / bundles.NETWORK).read_bytes()
     with OnnxEngine(Bundle(part, manifest, "", ""), graph=graph_bytes) as engine:
         samples = calibrate.limit_samples(engine, ranked, promise.threshold, part)
@@ -254,7 +279,7 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
     metrics = {"parity": parity, **fitted.figures, **cost, **limit.figures()}
     manifest = manifest.model_copy(update={"samples": samples, "metrics": metrics})
     sheets = _thinned(sorted(run.folder.glob("sheet-*.png")))
-    page = report.render(manifest, promise, surveyed, fitted, limit, sheets, run.losses, extremes, part)
+    page = report.render(manifest, promise, found, surveyed, fitted, limit, sheets, run.losses, extremes, part)
     (part / bundles.REPORT).write_text(page)
     manifest = manifest.model_copy(update={"files": bundles.file_entries(part)})
     bundles.write_manifest(part, manifest)
@@ -263,7 +288,23 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
         judge_samples(engine)
     part.rename(order.out)
     run.remove()
-    return Trained(order.out, promise, surveyed.remarks, fitted.notes, limit, parity, identity)
+    return Trained(order.out, promise, found, surveyed.remarks, fitted.notes, limit, parity, identity)
+
+
+def _rests_on(ranked: Sequence[Path], good: list[float], drawn: list[float], promise: scoring.Promise) -> Iterator[str]:
+    """Says so where few odd parts decide the threshold; `ranked` and their scores `good` ascend."""
+    said = []
+    for count in _ODDEST:
+        without = scoring.promise(good[:-count], promise.wish).threshold if count < len(good) else promise.threshold
+        if without < _RESTS * promise.threshold:
+            found = f", {np.mean(np.array(drawn) > without):.0%} of drawn defects found" if drawn else ""
+            said.append(f"without the oddest {count}: {without:.3g}{found}")
+    if said:
+        names = ", ".join(pictures.printable(path.name) for path in ranked[: -max(_ODDEST) - 1 : -1])
+        yield (
+            f"few parts decide the threshold, {promise.threshold:.3g}; {'; '.join(said)}. The oddest are {names}. "
+            "Are they really good? If so they stay: such parts will come again. If not, take them out and train again"
+        )
 
 
 def _thinned(sheets: list[Path], most: int = 6) -> list[Path]:
@@ -279,12 +320,14 @@ def _draft(order: Order, surveyed: data.Pictures, spec: InputSpec) -> Manifest:
     return Manifest(
         schema="ei.bundle.v1", name=order.name, release=order.release, product=order.product, created_at=utc_now(),
         network=f"{order.family.name}: {settings}; torch {torch.__version__}", input=spec,
-        calibration=Calibration(n=1, alpha=order.alpha, confidence=order.confidence, kept=False, scores=()),
+        calibration=Calibration(n=1, alpha=order.wish.rate, confidence=order.wish.confidence, kept=False, scores=()),
         threshold=1.0, scale=1.0, samples=(Sample(file="none", score=0, verdict=Verdict.PASS),),
         training=TrainedOn(
             digest=surveyed.digest, pictures=len(surveyed.paths), height_px=surveyed.height_px, width_px=surveyed.width_px,
             depth_bits=surveyed.depth_bits, intensity_window=order.intensity_window, aspects=(round(low, 4), round(high, 4)),
+        ),
+        pictures=PictureKind(
             channels=1 if surveyed.channels == 1 else 3, sizes=surveyed.sizes, region=None if order.roi == Roi() else order.roi,
         ),
-        min_version=version("edge-inspector"), command=order.command, files={"none": FileEntry(size=0, sha256="0" * 64)},
+        min_version=_READ_SINCE, command=order.command, files={"none": FileEntry(size=0, sha256="0" * 64)},
     )  # fmt: skip

@@ -16,7 +16,7 @@ from edge_inspector.bundles import Manifest
 from edge_inspector.frames import Pixels
 from edge_inspector.roi import Roi
 from edge_inspector.runtime import Engine
-from edge_inspector.scoring import Promise
+from edge_inspector.scoring import Found, Promise
 from edge_inspector.training import audit
 from edge_inspector.training.data import Pictures
 from edge_inspector.training.limits import Curve
@@ -169,7 +169,8 @@ def _facts(manifest: Manifest, surveyed: Pictures) -> str:
 
 
 def render(
-    manifest: Manifest, promise: Promise, surveyed: Pictures, fitted: Fitted, limit: Curve, sheets: Sequence[Path],
+    manifest: Manifest, promise: Promise, found: Found | None, surveyed: Pictures,
+    fitted: Fitted, limit: Curve, sheets: Sequence[Path],
     losses: dict[str, dict[int, dict[str, float]]], parts: tuple[list[Extreme], list[Extreme]], folder: Path,
 ) -> str:  # fmt: skip
     """The page as text. Sheets are shown in the order given, first to last training step; `losses` by stage and step;
@@ -187,12 +188,14 @@ def render(
     ordinary, odd = parts
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(manifest.name)}</title>
 <style>{_STYLE}</style><h1>Bundle {html.escape(manifest.name)}</h1><table>{_facts(manifest, surveyed)}</table>
-<h2>The promise</h2><p><b>{html.escape(str(promise))}.</b> Threshold {promise.threshold:.4g}; scores are in units of the
-median good part ({html.escape(manifest.calibration.method)}). Of these {promise.n} good parts {rejected} lie above it. A fitted
-tail alone would put it at {promise.fitted:.4g}, without confidence. Parts between {promise.review:.4g} and the threshold pass,
-but another set of {promise.n} pictures might have failed them: they are worth a look. All of this holds for parts like those
-in the pictures; what the pictures do not show is not covered.</p>
+<h2>The promise</h2><p><b>{html.escape(str(promise))}.</b> The first rate is what to expect on average; the second is
+sure. Threshold {promise.threshold:.4g}; scores are in units of the median good part
+({html.escape(manifest.calibration.method)}). Of these {promise.n} good parts {rejected} lie above it.
+Parts between {promise.review:.4g} and the threshold pass, but another set of {promise.n} pictures
+might have failed them: they are worth a look. All of this holds for parts like those in the pictures; what the pictures do
+not show is not covered.</p>
 {_histogram(manifest.calibration.scores, promise)}
+<p>What it costs: {html.escape(str(found)) if found else "no defects were drawn"}.</p>
 <h2>Detection limit</h2><p>Chips drawn into good parts, a kind of defect that no network was trained on: share found at this
 threshold, by diameter and contrast (of 255), {limit.parts} each. {html.escape(str(limit)).capitalize()}. Real defects differ:
 this says what cannot be hoped for.</p>{_limit_table(limit)}

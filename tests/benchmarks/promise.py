@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from edge_inspector import scoring
 from edge_inspector.training import data
@@ -45,16 +44,19 @@ def part_of(material: Material, index: Tensor, folds: np.ndarray) -> Material:
 
 @torch.no_grad()
 def judged(
-    heads: networks.Heads, weights: dict[str, tuple[float, float]], store: Store, counted: Tensor, index: Tensor
+    heads: networks.Heads,
+    weighing: weights_of.Weighing,
+    normal: weights_of.Normal,
+    store: Store,
+    counted: Tensor,
+    index: Tensor,
 ) -> np.ndarray:
     """Scores of tiles by one network."""
+    gain = torch.tensor(weighing.weights)[:, None, None] / normal.spread
     found = []
     for some in parts(index):
-        f = heads.standardised(store.raw(some))
-        coarse = heads.generator.coarse(functional.avg_pool2d(f, 2))
-        maps = torch.cat([heads.term(name, f, coarse) for name in networks.TERMS], 1)
-        total = networks.fused(maps, weights)
-        found.append(networks.finished(total, counted[some, None], networks.smoothing_kernel(), torch.ones(()))[0].numpy())
+        total = networks.fused(weights_of.term_maps(heads, store, some), normal.mean, gain)
+        found.append(networks.finished(total, counted[some, None], torch.ones(()))[0].numpy())
     return np.concatenate(found)
 
 
@@ -97,19 +99,20 @@ def main() -> None:
             ours = part_of(material, torch.from_numpy(index), some.folds(family.folds))
             every = family.heads(ours, Run(Path(tempfile.mkdtemp(dir=work)), seed=split), key_of({"split": split}))
             crossed = weights_of.cross_fit(ours, every)
-            weights = weights_of.weighed(crossed).weights
-            held = crossed.scores(weights, spoiled=False).tolist()
-            fresh = judged(every[-1], weights, material.good, material.judged, rest)
-            wrong = judged(every[-1], weights, defective.good, defective.judged, torch.arange(len(defective.judged)))
+            weighing = weights_of.weighed(crossed)
+            judge = every[-1], weighing, crossed.normal
+            held = crossed.scores(weighing.weights, spoiled=False).tolist()
+            fresh = judged(*judge, material.good, material.judged, rest)
+            wrong = judged(*judge, defective.good, defective.judged, torch.arange(len(defective.judged)))
             line: dict[str, object] = {
                 "set": given.folder.name,
                 "split": split,
                 "n": len(held),
                 "fresh": len(fresh),
-                "terms": sorted(weights),
+                "terms": list(weighing.terms),
             }
             for alpha in ALPHAS:
-                made = scoring.promise(held, alpha, 0.95)
+                made = scoring.promise(held, scoring.Wish(alpha, sure=True))
                 line[str(alpha)] = {
                     "kept": made.kept, "false_rejects": float((fresh > made.threshold).mean()),
                     "recall": float((wrong > made.threshold).mean()),

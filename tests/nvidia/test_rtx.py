@@ -14,6 +14,7 @@ from edge_inspector.bundles import NETWORK, Bundle, open_bundle
 from edge_inspector.errors import EngineError
 from edge_inspector.runtime import OnnxEngine, tensorrt
 from edge_inspector.runtime.precision import Precision, converted
+from edge_inspector.scoring import Wish
 from tests.line import ENGINES
 from tests.nvidia.parts import needs
 
@@ -44,7 +45,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     family: Any = INT8 if request.param == "int8" else dataclasses.replace(TINY, gan_steps=20, encoder_steps=60)
     good = drawn(folder / "good", 24, size=64)
-    return open_bundle(training.train(order(folder, good, family=family, alpha=0.2)).folder, folder / "trust")
+    return open_bundle(training.train(order(folder, good, family=family, wish=Wish(0.2))).folder, folder / "trust")
 
 
 def precisions(bundle: Bundle) -> tuple[Precision, ...]:

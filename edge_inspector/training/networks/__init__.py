@@ -26,6 +26,8 @@ class Fitted:
     """
     scores: NDArray[np.float64]
     """The score of each picture by a network that was not fitted to it; NaN for pictures that have none."""
+    drawn: NDArray[np.float64]
+    """Scores of drawn defects, by networks that knew neither the part nor the kind; empty: none were drawn."""
     method: str
     """How the scores were made, for people: held out, or cross-fitted."""
     figures: dict[str, float] = field(default_factory=dict)

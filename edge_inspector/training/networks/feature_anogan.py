@@ -14,6 +14,8 @@ f: float [N, C, h, w], standardised per channel. Input: uint8 [N, H, W, 3] RGB; 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -45,6 +47,18 @@ def patches(early: Tensor, late: Tensor) -> Tensor:
     return torch.cat([early, functional.interpolate(late, scale_factor=2.0, mode="bilinear", align_corners=False)], 1)
 
 
+def scaled(raw: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    """Features [N, DEPTH, h, w] about a mean and in units of a spread, each [DEPTH]."""
+    return (raw - mean[:, None, None]) / spread[:, None, None]
+
+
+def blocks(f: Tensor) -> Tensor:
+    """[N, DEPTH, h, w] -> [h w / BLOCK^2, N BLOCK^2, DEPTH]: the places of each neighbourhood together."""
+    rows, columns = f.shape[2] // BLOCK, f.shape[3] // BLOCK
+    split = f.reshape(-1, DEPTH, rows, BLOCK, columns, BLOCK)
+    return split.permute(2, 4, 0, 3, 5, 1).reshape(rows * columns, -1, DEPTH)
+
+
 def smoothing_kernel() -> Tensor:
     """Gaussian blur of maps, [1, 1, k, k]."""
     reach = int(3 * _SMOOTHING + 0.5)
@@ -72,9 +86,7 @@ class LocalGaussian(nn.Module):
     def forward(self, f: Tensor) -> Tensor:
         """Distances [N, 1, h, w]."""
         rows, columns = self.rows, self.columns
-        away = (f - self.mean).reshape(-1, DEPTH, rows, BLOCK, columns, BLOCK)
-        away = away.permute(2, 4, 0, 3, 5, 1).reshape(rows * columns, -1, DEPTH)
-        squared = ((away @ self.whitening.float()) ** 2).sum(2)
+        squared = ((blocks(f - self.mean) @ self.whitening.float()) ** 2).sum(2)
         squared = squared.reshape(rows, columns, -1, BLOCK, BLOCK).permute(2, 0, 3, 1, 4)
         return squared.reshape(-1, 1, rows * BLOCK, columns * BLOCK).clamp(min=1e-6).sqrt()
 
@@ -200,11 +212,15 @@ class FeatureAnoganGraph(nn.Module):
     """The one graph that is exported: pixels in, score, map and expected appearance out."""
 
     def __init__(
-        self, backbone: nn.Module, heads: Heads, exemplars: Exemplars, weights: dict[str, tuple[float, float]]
+        self, backbone: nn.Module, heads: Heads, exemplars: Exemplars, terms: Sequence[str], mean: Tensor, gain: Tensor
     ) -> None:
-        """weights: for each term that is used, its mean over good parts and its weight over its spread there."""
+        """terms: those of TERMS that are used; mean and gain [terms, h, w]: as `fused` takes them."""
         super().__init__()
-        self.backbone, self.heads, self.exemplars, self.weights = backbone, heads, exemplars, weights
+        self.backbone, self.heads, self.exemplars, self.terms = backbone, heads, exemplars, tuple(terms)
+        self.register_buffer("mean", mean)
+        self.register_buffer("gain", gain)
+        self.mean: Tensor
+        self.gain: Tensor
         self.register_buffer("kernel", smoothing_kernel())
         self.register_buffer("unit", torch.ones(()))
         self.kernel: Tensor
@@ -220,8 +236,8 @@ class FeatureAnoganGraph(nn.Module):
         """Everything after the backbone."""
         f = self.heads.standardised(patches(early, late))
         coarse = self.heads.generator.coarse(functional.avg_pool2d(f, 2))
-        terms = [(self.heads.term(name, f, coarse) - mean) * weight for name, (mean, weight) in self.weights.items()]
-        score, anomaly = finished(torch.stack(terms).sum(0), judged(valid), self.kernel, self.unit)
+        maps = smoothed(torch.cat([self.heads.term(name, f, coarse) for name in self.terms], 1), self.kernel)
+        score, anomaly = finished(fused(maps, self.mean, self.gain), judged(valid), self.unit)
         return score, anomaly, self.exemplars(coarse)
 
 
@@ -234,10 +250,19 @@ def empty_heads(h: int, w: int, prototypes: int) -> Heads:
     )  # fmt: skip
 
 
-def fused(maps: Tensor, weights: dict[str, tuple[float, float]]) -> Tensor:
-    """Maps of all TERMS [N, T, h, w] -> weighted sum [N, 1, h, w], as the graph computes it."""
-    terms = [(maps[:, i : i + 1] - weights[n][0]) * weights[n][1] for i, n in enumerate(TERMS) if n in weights]
-    return torch.stack(terms).sum(0)
+def smoothed(maps: Tensor, kernel: Tensor) -> Tensor:
+    """Maps [N, T, h, w], each blurred by the kernel."""
+    each = maps.reshape(-1, 1, *maps.shape[2:])
+    return functional.conv2d(each, kernel, padding=kernel.shape[-1] // 2).reshape(maps.shape)
+
+
+def fused(maps: Tensor, mean: Tensor, gain: Tensor) -> Tensor:
+    """Smoothed maps [N, T, h, w] -> weighted sum [N, 1, h, w].
+
+    mean: of each term at each place over good parts, [T, h, w]; gain: its weight over its spread there. A place where
+    good parts differ much, an edge that never lies quite the same, must differ more than others to be called odd.
+    """
+    return ((maps - mean) * gain).sum(1, keepdim=True)
 
 
 def judged(valid: Tensor) -> Tensor:
@@ -245,8 +270,7 @@ def judged(valid: Tensor) -> Tensor:
     return functional.max_pool2d(valid.float().unsqueeze(1), STRIDE).clamp(max=1.0)
 
 
-def finished(fused: Tensor, counted: Tensor, kernel: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted sum of terms [N, 1, h, w] -> score [N] and map [N, h, w]: smoothed, only what counts, in units."""
-    smooth = functional.conv2d(fused, kernel, padding=kernel.shape[-1] // 2)
-    anomaly = (smooth / unit).clamp(min=0.0) * counted
+def finished(fused: Tensor, counted: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sum of terms [N, 1, h, w] -> score [N] and map [N, h, w]: only what counts, in units."""
+    anomaly = (fused / unit).clamp(min=0.0) * counted
     return anomaly.amax((1, 2, 3)), anomaly.squeeze(1)

@@ -30,17 +30,14 @@ from edge_inspector.training.networks.feature_material import (
     WITHHELD,
     Extractor,
     Material,
-    Store,
     gathered,
     parts,
 )
+from edge_inspector.training.networks.feature_residuals import Residuals, centres, moments, rows_of, sampled
 from edge_inspector.training.networks.feature_weights import Weighing, cross_fit, score_of, term_maps, weighed
 from edge_inspector.training.run import Run, key_of
 
 _BATCH = 8
-_RIDGE = 0.05
-"""Added to covariances of standardised features, so that directions good parts never vary in do not decide alone."""
-_CORESET_ROWS, _SKETCH = 40_000, 64
 _ROWS, _ROW_BATCH, _TILES, _NEAR = 120_000, 1024, 128, 0.05
 _NOISE = 0.5
 _EXEMPLARS, _WIDEST = 24, 4096
@@ -57,55 +54,52 @@ Loss = Callable[[int], Tensor]
 """The loss of a step, by its number."""
 
 
-def _rows(f: Tensor) -> Tensor:
-    """[N, C, h, w] -> [N h w, C]."""
-    return f.permute(0, 2, 3, 1).reshape(-1, f.shape[1])
+class Drawing(nn.Module):
+    """Generator and discriminator, and the scale of the features that they take."""
 
+    def __init__(
+        self, mean: Tensor, spread: Tensor, generator: networks.Generator, discriminator: networks.Discriminator
+    ) -> None:
+        """Mean and spread: [DEPTH] of the raw features."""
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("spread", spread)
+        self.mean: Tensor
+        self.spread: Tensor
+        self.generator, self.discriminator = generator, discriminator
 
-def _whitening(covariance: Tensor) -> Tensor:
-    """W with W W^T = (covariance + ridge I)^-1, for each of many covariances [N, C, C]."""
-    regular = covariance.double() + _RIDGE * torch.eye(covariance.shape[-1], dtype=torch.float64)
-    factor = torch.linalg.cholesky(regular)
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(factor.shape[-1], dtype=torch.float64), upper=False)
-    whitening: Tensor = inverse.mT.float()
-    return whitening
-
-
-def centres(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Greedy k-centre choice among rows [n, C], by distances in a random projection (Roth et al. 2022, section 3.2)."""
-    sketch = rows @ (torch.randn(rows.shape[1], _SKETCH, generator=generator) / _SKETCH**0.5)
-    distance = torch.full((len(rows),), torch.inf)
-    chosen = [int(torch.randint(len(rows), (1,), generator=generator))]
-    for _ in range(min(count, len(rows)) - 1):
-        distance = torch.minimum(distance, ((sketch - sketch[chosen[-1]]) ** 2).sum(1))
-        chosen.append(int(distance.argmax()))
-    return torch.tensor(chosen)
+    @staticmethod
+    def loaded(state: dict[str, Tensor]) -> Drawing:
+        """From a checkpoint."""
+        empty = torch.zeros(networks.DEPTH)
+        drawing = Drawing(empty, empty.clone(), networks.Generator(), networks.Discriminator())
+        drawing.load_state_dict(state)
+        return drawing.eval()
 
 
 class _Fitter:
-    """Fits heads to the good tiles outside one fold (to all for fold -1)."""
+    """Fits generator and discriminator to the good tiles outside one group of folds (to all for group -1)."""
 
-    def __init__(self, material: Material, settings: FeatureAnogan, run: Run, fold: int, key: str | None = None) -> None:
-        """`key`: of checkpoints within the fold; None: there are none."""
-        self.material, self.settings, self.run, self.fold, self.key = material, settings, run, fold, key
-        self.chosen = torch.from_numpy(np.flatnonzero(material.fold != fold))
-        self.mean, self.spread = self._moments()
+    def __init__(self, material: Material, settings: FeatureAnogan, run: Run, group: int, key: str | None = None) -> None:
+        """`key`: of checkpoints within the group; None: there are none."""
+        self.material, self.settings, self.run, self.group, self.key = material, settings, run, group, key
+        self.chosen = torch.from_numpy(np.flatnonzero(settings.group_of(material.fold) != group))
+        self.mean, self.spread = moments(material, self.chosen)
 
-    def heads(self) -> networks.Heads:
-        """Everything, one after the other."""
+    def drawing(self) -> Drawing:
+        """Both, one after the other."""
         self._seed(0)
-        drawing = self._generator()
+        generator = self._generator()
         self._seed(1)
-        fitted = networks.Heads(self.mean, self.spread, self._gaussian(), self._bank(), drawing, self._discriminator(drawing))
-        return fitted.eval()
+        return Drawing(self.mean, self.spread, generator, self._discriminator(generator))
 
     def _seed(self, *parts: int) -> None:
-        """By fold and place alone: a resumed fit draws what an uninterrupted one does, in whatever process."""
-        torch.manual_seed(int(torch.randint(2**53, (1,), generator=self.run.seeded(self.fold, *parts))))
+        """By group and place alone: a resumed fit draws what an uninterrupted one does, in whatever process."""
+        torch.manual_seed(int(torch.randint(2**53, (1,), generator=self.run.seeded(self.group, *parts))))
 
     def _fitted(self, stage: str, network: Network, optimiser: torch.optim.Optimizer, most: float, loss: Loss) -> Network:
         """Take every step of one network, from where its checkpoint ends; `most`: the highest learning rate."""
-        steps, name = self.settings.steps, f"{_name(self.fold)}-{stage}"
+        steps, name = self.settings.steps, f"{_name(self.group)}-{stage}"
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, most, total_steps=steps, pct_start=0.1)
         state: dict[str, Any] | None = self.run.load(name, self.key) if self.key is not None else None
         if state is not None:
@@ -134,60 +128,11 @@ class _Fitter:
         return network.eval()
 
     def _scaled(self, raw: Tensor) -> Tensor:
-        return (raw - self.mean[:, None, None]) / self.spread[:, None, None]
-
-    def _standardised(self, store: Store, index: Tensor) -> Tensor:
-        return self._scaled(store.raw(index))
-
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and spread of each channel over judged places, of tiles taken evenly."""
-        total, squares, count = torch.zeros(networks.DEPTH), torch.zeros(networks.DEPTH), 0
-        for part in parts(self.chosen[:: max(1, len(self.chosen) // _TILES)]):
-            rows = _rows(self.material.good.raw(part))[self.material.judged[part].flatten()]
-            total, squares, count = total + rows.sum(0), squares + (rows**2).sum(0), count + len(rows)
-        mean = total / count
-        return mean, (squares / count - mean**2).clamp(min=0).sqrt() + 1e-6
+        return networks.scaled(raw, self.mean, self.spread)
 
     def _some(self, most: int) -> Tensor:
         """At most so many of the tiles, at random."""
         return self.chosen[torch.randperm(len(self.chosen))[:most]]
-
-    def _sampled(self, store: Store, most: float, seen: Callable[[Tensor], Tensor]) -> Tensor:
-        """About `most` rows of seen(features) at judged places, evenly over at most _TILES tiles: [rows, columns]."""
-        tiles = self._some(_TILES)
-        share = most / max(1, int(self.material.judged[tiles].sum()))
-        out = []
-        for part in parts(tiles):
-            kept = (self.material.judged[part] & (torch.rand(self.material.judged[part].shape) < share)).flatten()
-            out.append(seen(self._standardised(store, part))[kept])
-        return torch.cat(out)
-
-    def _gaussian(self) -> networks.LocalGaussian:
-        """Means and block covariances over good and jittered tiles, in one pass."""
-        m, block = self.material, networks.BLOCK
-        h, w = self.material.judged.shape[1:]
-        rows, columns = h // block, w // block
-
-        def blocks(f: Tensor) -> Tensor:
-            split = f.reshape(-1, networks.DEPTH, rows, block, columns, block)
-            return split.permute(2, 4, 0, 3, 5, 1).reshape(rows * columns, -1, networks.DEPTH)
-
-        total, squares = torch.zeros(networks.DEPTH, h, w), torch.zeros(rows * columns, networks.DEPTH, networks.DEPTH)
-        for store in (m.good, m.jittered):
-            for part in parts(self.chosen):
-                f = self._standardised(store, part)
-                total += f.sum(0)
-                x = blocks(f)
-                squares += x.mT @ x
-        mean = total / (2 * len(self.chosen))
-        centre = blocks(mean[None])
-        covariance = (squares / (2 * len(self.chosen)) - centre.mT @ centre) / block**2
-        whitening = _whitening(covariance)
-        return networks.LocalGaussian(mean, whitening.reshape(rows, columns, networks.DEPTH, networks.DEPTH))
-
-    def _bank(self) -> networks.Bank:
-        rows = self._sampled(self.material.good, _CORESET_ROWS, _rows)
-        return networks.Bank(rows[centres(rows, self.settings.prototypes, self.run.seeded(self.fold, 1))])
 
     def _generator(self) -> networks.Generator:
         """Half of what it is given carries a drawn defect, and must come out as the part would be without."""
@@ -209,17 +154,17 @@ class _Fitter:
         m, device = self.material, self.run.device
         network = networks.Discriminator().to(device)
 
-        def seen(f: Tensor) -> Tensor:
-            f = f.to(device)
-            return _rows(network.seen(f, drawing.coarse(functional.avg_pool2d(f, 2)))).cpu()
+        def seen(raw: Tensor) -> Tensor:
+            f = self._scaled(raw).to(device)
+            return rows_of(network.seen(f, drawing.coarse(functional.avg_pool2d(f, 2)))).cpu()
 
         with torch.no_grad():
-            some = self._standardised(m.good, self._some(32)).to(device)
+            some = self._scaled(m.good.raw(self._some(32))).to(device)
             network.spread.copy_(network.residual(some, drawing.coarse(functional.avg_pool2d(some, 2))).std())
-            good = torch.cat([self._sampled(store, _ROWS / 2, seen) for store in (m.good, m.jittered)])
+            good = torch.cat([sampled(m, store, self.chosen, _ROWS / 2, seen) for store in (m.good, m.jittered)])
             near, bad = [], []
             for part in parts(self._some(2 * _TILES)):
-                rows, covered = seen(self._standardised(m.spoiled, part)), m.spoiled.defective[part].flatten()
+                rows, covered = seen(m.spoiled.raw(part)), m.spoiled.defective[part].flatten()
                 inside = self.material.judged[part].flatten()
                 bad.append(rows[inside & (covered > COVERED)])
                 near.append(rows[inside & (covered == 0) & (torch.rand(len(rows)) < _NEAR)])
@@ -238,13 +183,13 @@ class _Fitter:
         return self._fitted("discriminator", network, optimiser, 8e-4, loss)
 
     def _tell(self, stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
-        name = f"{stage} {self.fold + 1} of {self.settings.folds}" if self.fold >= 0 else f"{stage} for all"
+        name = f"{stage} {self.group + 1} of {self.settings.groups}" if self.group >= 0 else f"{stage} for all"
         self.run.tell(name, step, steps, figures)
 
 
-def _name(fold: int) -> str:
-    """Of a fold's checkpoints."""
-    return f"heads-{fold}" if fold >= 0 else "heads-all"
+def _name(group: int) -> str:
+    """Of a group's checkpoints."""
+    return f"drawing-{group}" if group >= 0 else "drawing-all"
 
 
 def _crossed(logit: Tensor, target: int) -> Tensor:
@@ -267,18 +212,23 @@ class FeatureAnogan:
 
     name: ClassVar[str] = "feature-anogan"
 
-    side: int = 384
+    side: int = 256
     """The network's input has about side x side pixels, in the pictures' own shape."""
     prototypes: int = 1024
     steps: int = 400
     """For the generator, and again for the discriminator."""
-    folds: int = 3
+    folds: int = 12
+    """Each part is judged for the promise by residuals that were fitted to all other folds."""
+    groups: int = 3
+    """Generator and discriminator take the longest to fit; they leave out a group of folds each time, not one."""
     most_places: int = MOST_PLACES
     """Of more tiles so many are taken, evenly, as have that many feature places."""
     int8: bool = False
     """Quantise the backbone first, and fit everything to its features."""
 
     def __post_init__(self) -> None:
+        if self.folds % self.groups:
+            raise TrainingError(f"folds {self.folds}: must be a multiple of groups, {self.groups}")
         if not 64 <= self.side <= 1024:
             raise TrainingError(f"size {self.side}: must lie between 64 and 1024 for {self.name}")
 
@@ -308,15 +258,19 @@ class FeatureAnogan:
         every = settings.heads(material, run, key_of({**asdict(settings), **about}))
         crossed, heads, backbone = cross_fit(material, every), every[-1], material.extractor.exported
         weighing = weighed(crossed)
-        graph = networks.FeatureAnoganGraph(backbone, heads, _exemplars(heads, material, run), weighing.weights).eval()
+        used = weighing.of(crossed.normal)
+        graph = networks.FeatureAnoganGraph(backbone, heads, _exemplars(heads, material, run), weighing.terms, *used).eval()
         scores = np.full(len(surveyed.paths), np.nan)
         np.fmax.at(scores, material.picture, crossed.scores(weighing.weights, spoiled=False))
         scores[~material.whole] = np.nan
         if run.first and not material.whole.all():
-            by_fold = [every[fold] for fold in surveyed.folds(self.folds)]
-            _judge_others(scores, surveyed.paths, by_fold, weighing.weights, material.extractor, (spec, window), run)
+            weights = torch.tensor(weighing.weights)[:, None, None]
+            judges = {f: (every[f], n.mean, weights / n.spread) for f, n in crossed.without.items()}
+            by_picture = [judges[fold] for fold in surveyed.folds(self.folds)]
+            _judge_others(scores, surveyed.paths, by_picture, material.extractor, (spec, window), run)
         return Fitted(
-            graph, scores, f"cross-fitted: each part by a network fitted to the other {self.folds - 1} of {self.folds} folds",
+            graph, scores, crossed.scores(weighing.weights, spoiled=True),
+            f"cross-fitted: each part by networks fitted without its fold, one of {self.folds}",
             {"drawn_defects_auroc": weighing.auroc, "steps": settings.steps}, self._notes(weighing, material),
             sheets="Parts with drawn defects, and the anomaly maps of networks that knew neither the parts nor such defects.",
         )  # fmt: skip
@@ -333,8 +287,8 @@ class FeatureAnogan:
             tiles = preprocess.tile_count(spec, surveyed.width_px, surveyed.height_px)
             h, w = spec.height // networks.STRIDE, spec.width // networks.STRIDE
             exemplars = networks.Exemplars(torch.zeros(1, networks.DEPTH * h * w // 16), torch.zeros(1, 4 * h, 4 * w, 3))
-            heads, weights = networks.empty_heads(h, w, self.prototypes), dict.fromkeys(networks.TERMS, (0.0, 1.0))
-            graph = networks.FeatureAnoganGraph(Backbone(), heads, exemplars, weights).eval()
+            heads, usual = networks.empty_heads(h, w, self.prototypes), torch.ones(len(networks.TERMS), h, w)
+            graph = networks.FeatureAnoganGraph(Backbone(), heads, exemplars, networks.TERMS, usual, usual).eval()
             needed = tiles * export.latency_ms(graph, np.zeros((1, spec.height, spec.width, 3), np.uint8))
             if needed <= latency_ms:
                 return settings
@@ -351,10 +305,10 @@ class FeatureAnogan:
             costs = []
             for steps in _TRIALS:
                 began = time.monotonic()
-                _Fitter(material, replace(self, steps=steps), run, 0).heads()
+                _Fitter(material, replace(self, steps=steps), run, 0).drawing()
                 costs.append(time.monotonic() - began)
             step_s = max(1e-4, (costs[1] - costs[0]) / (_TRIALS[1] - _TRIALS[0]))
-            each_s = _SPENT * (run.left_s() or 0.0) * run.world / (self.folds + 1)
+            each_s = _SPENT * (run.left_s() or 0.0) * run.world / (self.groups + 1)
             steps = int(np.clip((each_s - costs[0]) / step_s + _TRIALS[0], _TRIALS[1], _MOST_STEPS))
             plan = {"steps": run.shared(steps, 0)}
             run.save("plan", key, plan)
@@ -362,36 +316,53 @@ class FeatureAnogan:
 
     def _notes(self, weighing: Weighing, material: Material) -> tuple[str, ...]:
         notes = [f"drawn defects of kinds never trained on are told from good parts with AUROC {weighing.auroc:.3f}"]
-        if len(weighing.weights) < len(networks.TERMS):
-            notes.append(f"terms: {', '.join(weighing.weights)}; the others made drawn defects harder to tell")
-        if "gaussian" not in weighing.weights:
+        if len(weighing.terms) < len(networks.TERMS):
+            notes.append(f"terms: {', '.join(weighing.terms)}; the others made drawn defects harder to tell")
+        if "gaussian" not in weighing.terms:
             notes.append("where a feature lies did not help: the parts lie freely, or look the same everywhere")
         if not material.whole.all():
             notes.append(f"fitted to {len(material.good)} tiles, taken evenly of more; the others were judged for the promise")
         return tuple(notes)
 
+    def group_of(self, fold: NDArray[np.intp]) -> NDArray[np.intp]:
+        """The group of each fold."""
+        return fold % self.groups
+
     def heads(self, material: Material, run: Run, key: str) -> dict[int, networks.Heads]:
-        """Heads without each fold, and for all under -1; fitted by the processes in turn, or read from checkpoints."""
-        folds = (*range(self.folds), -1)
-        loaded = {fold: run.load(_name(fold), key) for fold in folds}
-        states = {fold: state for fold, state in loaded.items() if state is not None}
-        missing = [fold for fold in folds if fold not in states]
+        """Heads without each fold, and for all under -1."""
+        residuals, drawings = Residuals(material, self.prototypes, run), self._drawings(material, run, key)
+        every = {}
+        for number, fold in enumerate((*range(self.folds), -1), 1):
+            drawing = drawings[fold % self.groups if fold >= 0 else -1]
+            scale = drawing.mean, drawing.spread
+            gaussian, bank = residuals.gaussian(fold, *scale), residuals.bank(fold, *scale)
+            heads = networks.Heads(*scale, gaussian, bank, drawing.generator, drawing.discriminator)
+            every[fold] = heads.eval().requires_grad_(requires_grad=False)
+            run.step("residuals", number, self.folds + 1)
+        for group in range(self.groups) if run.first and material.drawn else ():
+            run.sheet(f"fold-{group}", _sheet(every[group], material, group))
+        return every
+
+    def _drawings(self, material: Material, run: Run, key: str) -> dict[int, Drawing]:
+        """Without each group, and for all under -1; fitted by the processes in turn, or read from checkpoints."""
+        groups = (*range(self.groups), -1)
+        loaded = {group: run.load(_name(group), key) for group in groups}
+        states = {group: state for group, state in loaded.items() if state is not None}
+        missing = [group for group in groups if group not in states]
         for start in range(0, len(missing), run.world):
             together = missing[start : start + run.world]
             fitted = None
             if run.rank < len(together):
-                heads = _Fitter(material, self, run, together[run.rank], key if run.world == 1 else None).heads()
-                fitted = {"heads": heads.cpu().state_dict()}, run.losses
-            for owner, fold in enumerate(together):
-                states[fold], losses = run.shared(fitted, owner)
+                drawing = _Fitter(material, self, run, together[run.rank], key if run.world == 1 else None).drawing()
+                fitted = {"drawing": drawing.cpu().state_dict()}, run.losses
+            for owner, group in enumerate(together):
+                states[group], losses = run.shared(fitted, owner)
                 run.losses.update(losses)
-                run.save(_name(fold), key, states[fold])
+                run.save(_name(group), key, states[group])
                 for stage in _STAGES:
-                    run.drop(f"{_name(fold)}-{stage}")
-                if fold >= 0 and run.first and material.drawn:
-                    run.sheet(_name(fold), _sheet(_loaded(states[fold]["heads"], material), material, fold))
+                    run.drop(f"{_name(group)}-{stage}")
             run.stop_if_asked()
-        return {fold: _loaded(state["heads"], material) for fold, state in states.items()}
+        return {group: Drawing.loaded(state["drawing"]) for group, state in states.items()}
 
 
 @torch.no_grad()
@@ -406,28 +377,26 @@ def _exemplars(heads: networks.Heads, material: Material, run: Run) -> networks.
 
 
 def _judge_others(
-    scores: NDArray[np.float64], paths: Sequence[Path], heads: Sequence[networks.Heads],
-    weights: dict[str, tuple[float, float]], extractor: Extractor, seen_as: tuple[InputSpec, Window | None], run: Run,
+    scores: NDArray[np.float64], paths: Sequence[Path], judges: Sequence[tuple[networks.Heads, Tensor, Tensor]],
+    extractor: Extractor, seen_as: tuple[InputSpec, Window | None], run: Run,
 ) -> None:  # fmt: skip
-    """Fill in the scores that are still NaN, each by the heads that did not see the picture, as far as time allows."""
+    """Fill in the scores that are still NaN, each by what did not see the picture, as far as time allows.
+
+    judges: heads, mean and gain for each picture, as `score_of` takes them.
+    """
     order = run.rng(len(paths)).permutation(np.flatnonzero(np.isnan(scores)))
     for done, number in enumerate(order, 1):
         tiles = load_tiles([paths[number]], *seen_as)
-        found = [
-            score_of(heads[number], weights, *extractor(list(tiles.images[part])), torch.from_numpy(tiles.valid[part]))
-            for part in (slice(start, start + _BATCH) for start in range(0, len(tiles.images), _BATCH))
-        ]
+        heads, mean, gain = judges[int(number)]
+        found = []
+        for start in range(0, len(tiles.images), _BATCH):
+            part = slice(start, start + _BATCH)
+            features = networks.patches(*extractor(list(tiles.images[part])))
+            found.append(score_of(heads, mean, gain, features, torch.from_numpy(tiles.valid[part])))
         scores[number] = max(found)
         run.step("judging the others", done, len(order))
         if done >= _ENOUGH and run.left_s() == 0:
             return
-
-
-def _loaded(state: dict[str, Tensor], material: Material) -> networks.Heads:
-    h, w = material.judged.shape[1:]
-    heads = networks.empty_heads(h, w, len(state["bank.square"]))
-    heads.load_state_dict(state)
-    return heads.eval().requires_grad_(False)
 
 
 def _sheet(heads: networks.Heads, material: Material, fold: int) -> NDArray[np.uint8]:

@@ -22,7 +22,7 @@ from edge_inspector.roi import Roi
 from edge_inspector.training import export, quantise, synthesis
 from edge_inspector.training.data import load_tiles
 from edge_inspector.training.networks import feature_anogan as networks
-from edge_inspector.training.networks.backbone import CHANNELS, Backbone
+from edge_inspector.training.networks.backbone import CHANNELS, SHA256, Backbone
 from edge_inspector.training.run import Run, key_of
 
 WITHHELD = 2
@@ -31,8 +31,8 @@ COVERED = 0.3
 """Share of a place that a drawn defect must cover for it to be called bad."""
 SHEET = 8
 """Pictures of each fold that are kept to be shown."""
-MOST_PLACES = 1000 * 48 * 48
-"""What is kept in memory, in feature places of good tiles: 1000 of 384 x 384 px, 2.5 GB."""
+MOST_PLACES = 2000 * 32 * 32
+"""What is kept in memory, in feature places of good tiles: 2000 of 256 x 256 px, 2.5 GB."""
 CHUNK = 64
 """Good tiles whose features, and their copies', are kept on the disk together: what an interruption loses at most."""
 _BATCH, _POOL, _RANGES = 8, 32, 32
@@ -314,7 +314,9 @@ def gathered(
     h, w = spec.height // networks.STRIDE, spec.width // networks.STRIDE
     ranges = load_tiles(paths[:: max(1, len(paths) // _RANGES)], spec, window).images[:_RANGES] if int8 else None
     extractor = Extractor(spec.height, spec.width, run, ranges)
-    about = {"seed": run.seed, "digest": digest, "input": spec.model_dump(), "window": window, "int8": int8}
+    about = {
+        "seed": run.seed, "digest": digest, "input": spec.model_dump(), "window": window, "int8": int8, "backbone": SHA256,
+    }  # fmt: skip
     most = most_places // (h * w)
     if run.left_s() is not None:
         most = min(most, _affordable(paths, spec, window, extractor, run, key_of(about)))

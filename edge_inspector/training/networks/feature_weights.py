@@ -14,28 +14,59 @@ from edge_inspector import scoring
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks.feature_material import COVERED, WITHHELD, Material, Store, parts
 
+Weights = tuple[float, float, float]
+"""Of TERMS."""
+CANDIDATES: tuple[Weights, ...] = ((1.0, 0.5, 0.5), (1.0, 0.0, 0.5), (0.0, 1.0, 0.5))
+"""Weights that are tried, the usual ones first: residuals and the discriminator, as AnoGAN has it. D was trained on drawn
+defects, so they would always ask for more of it than real ones do: they choose between the residuals alone."""
+_CLEARLY = 0.03
+"""AUROC by which drawn defects must be told better without a residual for it to be left out: they are not real ones."""
+_SHARED = 100
+"""Good tiles that the spread of all places together counts for, beside a place's own."""
+
+
+@dataclass(frozen=True)
+class Normal:
+    """What each term's smoothed map is over good tiles."""
+
+    mean: Tensor
+    """[T, h, w]"""
+    spread: Tensor
+    """[T, h, w]; where tiles are few it is nearly the same at every place."""
+
+    @staticmethod
+    def of(maps: Tensor, judged: Tensor) -> Normal:
+        """By maps [N, T, h, w]; judged bool [N, h, w]."""
+        mean = maps.mean(0)
+        away = (maps - mean) ** 2
+        shared = torch.stack([away[:, term][judged].mean() for term in range(maps.shape[1])])
+        variance = (away.sum(0) + _SHARED * shared[:, None, None]) / (len(maps) + _SHARED)
+        return Normal(mean, variance.sqrt())
+
 
 @dataclass(frozen=True)
 class Weighing:
     """Weights of the terms, and how well drawn defects of withheld families are told from good parts with them."""
 
-    weights: dict[str, tuple[float, float]]
-    """For each term that is used: its mean over good parts, and its weight divided by its spread there."""
+    weights: Weights
     auroc: float
-    tried: dict[str, float]
+    tried: dict[Weights, float]
 
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Those that are used."""
+        return tuple(name for name, weight in zip(networks.TERMS, self.weights, strict=True) if weight)
 
-Weights = tuple[float, float, float]
-CANDIDATES: tuple[Weights, ...] = ((1.0, 1.0, 0.5), (1.0, 0.0, 0.5), (0.0, 1.0, 0.5))
-"""Weights of TERMS that are tried, the usual ones first: residuals and the discriminator, as AnoGAN has it. D was trained on
-drawn defects, so they would always ask for more of it than real ones do: they choose between the residuals alone."""
-_CLEARLY = 0.03
-"""AUROC by which drawn defects must be told better without a residual for it to be left out: they are not real ones."""
+    def of(self, normal: Normal) -> tuple[Tensor, Tensor]:
+        """Mean and gain of the terms that are used, [terms, h, w], as the graph takes them."""
+        used = [i for i, weight in enumerate(self.weights) if weight]
+        weight = torch.tensor([self.weights[i] for i in used])
+        return normal.mean[used], weight[:, None, None] / normal.spread[used]
 
 
 @dataclass(frozen=True)
 class CrossFit:
-    """Every term's map of every tile, by heads that were fitted to other folds."""
+    """Every term's map of every tile, by heads that were fitted to other folds, as multiples of what other folds show."""
 
     good: Tensor
     """[N, T, h, w]"""
@@ -45,38 +76,38 @@ class CrossFit:
     """Bool [M]: the defect covers enough of a place to be called one."""
     judged: Tensor
     """Bool [N, h, w] of good tiles."""
+    normal: Normal
+    """By all folds, for the graph."""
+    without: dict[int, Normal]
+    """By all folds but one: a part's own map must not decide what is usual where it lies."""
 
-    def normalised(self, candidate: tuple[float, ...]) -> dict[str, tuple[float, float]]:
-        """The graph's weights for weights of TERMS: for each that is used, its mean over good parts, and w / spread."""
-        columns = [self.good[:, i][self.judged] for i in range(len(networks.TERMS))]
-        return {
-            name: (column.mean().item(), w / column.std().item())
-            for name, column, w in zip(networks.TERMS, columns, candidate, strict=True) if w
-        }  # fmt: skip
-
-    def scores(self, weights: dict[str, tuple[float, float]], *, spoiled: bool) -> NDArray[np.float64]:
+    def scores(self, weights: Weights, *, spoiled: bool) -> NDArray[np.float64]:
         """Score of each good tile, or of each visibly spoiled one, as the graph computes it."""
         maps, counted = self.good, self.judged
         if spoiled:
             maps, counted = self.withheld[self.visible], self.judged.repeat_interleave(WITHHELD, 0)[self.visible]
-        fused = networks.fused(maps, weights)
-        found = networks.finished(fused, counted[:, None], networks.smoothing_kernel(), torch.ones(()))[0]
-        return found.double().numpy()
+        fused = (maps * torch.tensor(weights)[:, None, None]).sum(1, keepdim=True)
+        return networks.finished(fused, counted[:, None], torch.ones(()))[0].double().numpy()
 
 
 def cross_fit(material: Material, heads: dict[int, networks.Heads]) -> CrossFit:
     """Maps of every tile by the heads that did not see its fold."""
     good = torch.empty(len(material.good), len(networks.TERMS), *material.good.early.shape[2:])
     withheld = torch.empty(WITHHELD * len(good), *good.shape[1:])
-    for fold in set(material.fold.tolist()):
-        held = torch.from_numpy(np.flatnonzero(material.fold == fold))
-        drawn = (WITHHELD * held[:, None] + torch.arange(WITHHELD)).flatten()
-        good[held], withheld[drawn] = (
-            term_maps(heads[fold], material.good, held),
-            term_maps(heads[fold], material.withheld, drawn),
-        )
+    fold = torch.from_numpy(material.fold)
+    drawn_fold = fold.repeat_interleave(WITHHELD)
+    folds = sorted(set(material.fold.tolist()))
+    for one in folds:
+        held, drawn = (fold == one).nonzero()[:, 0], (drawn_fold == one).nonzero()[:, 0]
+        good[held] = term_maps(heads[one], material.good, held)
+        withheld[drawn] = term_maps(heads[one], material.withheld, drawn)
+    normal = Normal.of(good, material.judged)
+    without = {one: Normal.of(good[fold != one], material.judged[fold != one]) for one in folds}
+    for one, usual in without.items():
+        for maps, where in ((good, fold == one), (withheld, drawn_fold == one)):
+            maps[where] = (maps[where] - usual.mean) / usual.spread
     visible = material.withheld.defective.flatten(1).amax(1) > COVERED
-    return CrossFit(good, withheld, visible, material.judged)
+    return CrossFit(good, withheld, visible, material.judged, normal, without)
 
 
 def preferred(found: dict[Weights, float]) -> Weights:
@@ -87,31 +118,32 @@ def preferred(found: dict[Weights, float]) -> Weights:
 
 def weighed(crossed: CrossFit) -> Weighing:
     """Weights by cross-fitted maps alone: the usual ones, unless others tell drawn defects clearly better from good parts."""
-    found = {}
-    for candidate in CANDIDATES:
-        weights = crossed.normalised(candidate)
-        found[candidate] = scoring.auroc(crossed.scores(weights, spoiled=False), crossed.scores(weights, spoiled=True))
+    found = {
+        candidate: scoring.auroc(crossed.scores(candidate, spoiled=False), crossed.scores(candidate, spoiled=True))
+        for candidate in CANDIDATES
+    }
     chosen = preferred(found)
-    named = {" + ".join(f"{w:g} {n}" for w, n in zip(c, networks.TERMS, strict=True) if w): v for c, v in found.items()}
-    return Weighing(crossed.normalised(chosen), found[chosen], named)
+    return Weighing(chosen, found[chosen], found)
 
 
 @torch.no_grad()
 def term_maps(heads: networks.Heads, store: Store, tiles: Tensor) -> Tensor:
-    """Every term's map of tiles: [n, T, h, w]."""
+    """Every term's smoothed map of tiles: [n, T, h, w]."""
     return torch.cat([_maps(heads, heads.standardised(store.raw(part))) for part in parts(tiles)])
 
 
 @torch.no_grad()
-def score_of(
-    heads: networks.Heads, weights: dict[str, tuple[float, float]], early: Tensor, late: Tensor, valid: Tensor
-) -> float:
-    """The largest score of some tiles, by their backbone outputs and valid uint8 [n, H, W], as the graph computes it."""
-    fused = networks.fused(_maps(heads, heads.standardised(networks.patches(early, late))), weights)
-    found = networks.finished(fused, networks.judged(valid), networks.smoothing_kernel(), torch.ones(()))[0]
-    return float(found.max())
+def score_of(heads: networks.Heads, mean: Tensor, gain: Tensor, features: Tensor, valid: Tensor) -> float:
+    """The largest score of some tiles, by their raw features [n, DEPTH, h, w] and valid uint8 [n, H, W], with all TERMS.
+
+    mean and gain: [T, h, w] of all TERMS, as `networks.fused` takes them.
+    """
+    fused = networks.fused(_maps(heads, heads.standardised(features)), mean, gain)
+    return float(networks.finished(fused, networks.judged(valid), torch.ones(()))[0].max())
 
 
 def _maps(heads: networks.Heads, f: Tensor) -> Tensor:
     coarse = heads.generator.coarse(functional.avg_pool2d(f, 2))
-    return torch.cat([heads.term(name, f, coarse) for name in networks.TERMS], 1)
+    return networks.smoothed(
+        torch.cat([heads.term(name, f, coarse) for name in networks.TERMS], 1), networks.smoothing_kernel()
+    )
