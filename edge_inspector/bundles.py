@@ -125,6 +125,16 @@ class PictureKind(TolerantModel):
     region: Roi | None = Field(None, description="the region of each picture that was trained on; none: all of it")
 
 
+class Taught(TolerantModel):
+    """What people have taught a release, beside what its parent knew."""
+
+    parent: str = Field(description="sha256 of the parent's manifest")
+    defects: int = Field(description="pictures of defects that were shown")
+    good: int = Field(description="pictures of good parts that were shown")
+    weight: float = Field(description="how much the taught term counts, in spreads of good parts; 0: not at all")
+    changes: tuple[str, ...] = Field(description="what is found and rejected, before and after, in words")
+
+
 class Manifest(TolerantModel):
     """What a bundle says of itself."""
 
@@ -144,6 +154,8 @@ class Manifest(TolerantModel):
     samples: tuple[Sample, ...] = Field(min_length=1, max_length=32)
     training: TrainedOn
     pictures: PictureKind = PictureKind()
+    material: str | None = Field(None, description="digest of BUNDLE.teach, which it can be taught from; none: it cannot")
+    taught: Taught | None = Field(None, description="none: as it was trained")
     metrics: dict[str, float] = Field(default_factory=dict)
     min_version: str = Field(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$")
     command: str = ""

@@ -26,6 +26,7 @@ from edge_inspector.training.networks import feature_fit as fitting  # noqa: E40
 from edge_inspector.training.networks import feature_weights as weights  # noqa: E402
 from edge_inspector.training.networks.backbone import Backbone  # noqa: E402
 from edge_inspector.training.networks.fanogan_fit import Fanogan, Fitter  # noqa: E402
+from edge_inspector.training.normals import Usual  # noqa: E402
 from edge_inspector.training.run import Run  # noqa: E402
 
 SMALL = fitting.FeatureAnogan(side=64, prototypes=64, steps=30)
@@ -145,8 +146,8 @@ def test_a_term_is_left_out_where_drawn_defects_are_clearly_told_better_without(
     good[:, 0], withheld[:, 0] = good[:, 0] ** 5, withheld[:, 0] ** 5
     withheld[:, 1:, 4:6, 4:6] += 2
     judged = torch.ones(60, 8, 8) > 0
-    normal = weights.Normal.of(good, judged)
-    crossed = weights.CrossFit(good, withheld, torch.ones(120, dtype=torch.bool), judged, normal, {})
+    usual = Usual.of(good.numpy(), judged.numpy())
+    crossed = weights.CrossFit(good, withheld, torch.ones(120, dtype=torch.bool), judged, usual, {})
     weighing = weights.weighed(crossed)
     assert weighing.terms == ("bank", "discriminator")
     assert weighing.auroc == max(weighing.tried.values()) > weighing.tried[weights.CANDIDATES[0]] + 0.03
@@ -159,10 +160,10 @@ def test_a_place_is_compared_with_what_good_parts_show_there() -> None:
     """One place varies ten times as much as the others; a part that is as odd there as others are is not odd."""
     maps = torch.randn(400, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     maps[:, :, 1, 2] = 10 * maps[:, :, 1, 2] + 7
-    normal = weights.Normal.of(maps, torch.ones(400, 4, 4) > 0)
-    assert normal.mean[0, 1, 2].item() == pytest.approx(7, abs=2)
-    assert normal.spread[0, 1, 2].item() == pytest.approx(9, abs=1)
-    few = weights.Normal.of(maps[:4], torch.ones(4, 4, 4) > 0)
+    usual = Usual.of(maps.numpy(), np.ones((400, 4, 4), bool))
+    assert usual.mean[0, 1, 2] == pytest.approx(7, abs=2)
+    assert usual.spread[0, 1, 2] == pytest.approx(9, abs=1)
+    few = Usual.of(maps[:4].numpy(), np.ones((4, 4, 4), bool))
     assert few.spread.max() < 1.5 * few.spread.min(), "few tiles say little of a single place"
 
 

@@ -312,11 +312,11 @@ def test_a_score_is_the_same_from_memory_and_one_by_one(tmp_path: Path) -> None:
     heads = SMALL.heads(material, Run(tmp_path / "work"), "x")
     crossed = feature_weights.cross_fit(material, heads)
     fold = int(material.fold[0])
-    normal = crossed.without[fold]
+    mean, spread = feature_weights.tensors(crossed.without[fold])
     tiles = data.load_tiles(surveyed.paths[:1], spec, None)
     features = patches(*material.extractor([tiles.images[0]]))
     valid = torch.from_numpy(tiles.valid)
-    alone = feature_weights.score_of(heads[fold], normal.mean, 1 / normal.spread, features, valid)
+    alone = feature_weights.score_of(heads[fold], mean, 1 / spread, features, valid)
     assert alone == pytest.approx(crossed.scores((1.0, 1.0, 1.0), spoiled=False)[0], rel=5e-3)  # memory is at half precision
 
 

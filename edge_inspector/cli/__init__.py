@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from edge_inspector.cli import asking, judging, offline, online, remote, service
+from edge_inspector.cli import asking, judging, offline, online, remote, service, teaching
 from edge_inspector.cli.shown import complain
 from edge_inspector.errors import EngineLost, InspectorError
 from edge_inspector.threads import Thread
@@ -55,6 +55,7 @@ for _verb in (
     app.command()(_verb)
 for _offline_verb in (
     offline.train,
+    teaching.teach,
     judging.evaluate,
     offline.generate,
     judging.inspect,

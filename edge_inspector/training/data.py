@@ -173,10 +173,11 @@ def cropped(folder: Path, roi: Roi, out: Path, window: preprocess.Window | None)
         except PictureError:
             target.write_bytes(pictures.content(path))
             continue
-        pictures.write(target, _cut(image, roi, path, window))
+        pictures.write(target, cut(image, roi, path, window))
 
 
-def _cut(image: Pixels, roi: Roi, path: Path, window: preprocess.Window | None) -> Pixels:
+def cut(image: Pixels, roi: Roi, path: Path, window: preprocess.Window | None) -> Pixels:
+    """What lies in a region of a picture, blank beyond a polygon. Raises PictureError where the region reaches outside."""
     box = roi.box(*image.shape[:2])
     if box is None:
         size, wanted = f"{image.shape[1]}x{image.shape[0]}", roi.model_dump(exclude_none=True, mode="json")

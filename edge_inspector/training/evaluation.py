@@ -202,11 +202,14 @@ def mask_of(folder: Path, kind: str, path: Path) -> NDArray[np.uint8] | None:
     truth = folder / "ground_truth" / kind
     names = [f"{path.stem}_mask", path.stem]
     found = [other for name in names for other in sorted(truth.glob(f"{escape(name)}.*")) if pictures.is_picture(other)]
-    return _mask(found[0]) if found else None
+    return mask_in(found[0]) if found else None
 
 
-def _mask(path: Path) -> NDArray[np.uint8]:
-    """From half of white on a pixel is defect, so that noise of JPEG and soft edges are not; numbers of classes count all."""
+def mask_in(path: Path) -> NDArray[np.uint8]:
+    """A picture of a mask -> [H, W] of 0 and 1. Raises PictureError.
+
+    From half of white on a pixel is defect, so that noise of JPEG and soft edges are not; numbers of classes count all.
+    """
     data = pictures.content(path)
     image = pictures.decode(data, str(path))
     levels = image.max(2) if image.ndim == 3 else image

@@ -24,6 +24,7 @@ from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks.backbone import Backbone
 
 _LARGE = 2**16
+_OUTPUTS = ["score", "map", "expected"]
 PARITY = 1e-4
 """Largest allowed difference between PyTorch and ONNX Runtime, relative to the largest score or the unit of scores."""
 
@@ -39,15 +40,20 @@ def write(network: nn.Module, examples: tuple[Tensor, ...], path: Path, inputs: 
 
 
 def export(graph: nn.Module, path: Path, example: NDArray[np.uint8]) -> None:
-    """Write the graph with inputs image and valid, outputs score, map, expected. example: uint8 [1, H, W, C]."""
+    """Write the graph with inputs image and valid, outputs score, map, expected. example: uint8 [1, H, W, C].
+
+    Tensors inside that the graph calls `inner` keep their names.
+    """
     image = torch.from_numpy(example)
     valid = torch.ones(image.shape[:3], dtype=torch.uint8)
-    outputs = ["score", "map", "expected"]
+    inner = list(getattr(graph, "inner", ()))
     backbone = getattr(graph, "backbone", None)
     if isinstance(backbone, quantise.FileBackbone):
-        _export_around(graph, backbone, image, valid, path, outputs)
+        _export_around(graph, backbone, image, valid, path, [*_OUTPUTS, *inner[2:]])
+    elif inner:
+        write(_Opened(graph.cpu(), "opened"), (image, valid), path, ["image", "valid"], [*_OUTPUTS, *inner])
     else:
-        write(graph.cpu(), (image, valid), path, ["image", "valid"], outputs)
+        write(graph.cpu(), (image, valid), path, ["image", "valid"], _OUTPUTS)
     _compact(path)
 
 
@@ -55,7 +61,7 @@ def _export_around(
     graph: Any, backbone: quantise.FileBackbone, image: Tensor, valid: Tensor, path: Path, outputs: list[str]
 ) -> None:
     """Put the backbone's file between what comes before and after it."""
-    before, after = _Calling(networks.as_pixels), _Calling(graph.judge)
+    before, after = _Calling(networks.as_pixels), _Opened(graph, "judge")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         front, rest = Path(folder) / "front.onnx", Path(folder) / "rest.onnx"
         write(before, (image,), front, ["image"], ["pixels"])
@@ -64,8 +70,14 @@ def _export_around(
 
 
 def _compact(path: Path) -> None:
-    """Store large constants at half precision where that loses nothing: the exporter widened them."""
+    """Hide what is not for the outside, and store large constants at half precision where that loses nothing: the exporter
+    widened them.
+    """
     model = onnx.load(str(path))
+    outputs = list(model.graph.output)
+    del model.graph.output[:]
+    model.graph.output.extend(value for value in outputs if value.name in _OUTPUTS)
+    model.graph.value_info.extend(value for value in outputs if value.name not in _OUTPUTS)
     casts = []
     for tensor in model.graph.initializer:
         value = onnx.numpy_helper.to_array(tensor)
@@ -78,6 +90,18 @@ def _compact(path: Path) -> None:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     onnx.save(model, str(path))
+
+
+class _Opened(nn.Module):
+    """A graph, by another method than `forward`."""
+
+    def __init__(self, graph: nn.Module, method: str) -> None:
+        super().__init__()
+        self.graph, self.method = graph, method
+        self.eval()  # or exporting would leave the graph in training mode
+
+    def forward(self, *given: Tensor) -> Any:
+        return getattr(self.graph, self.method)(*given)
 
 
 class _Calling(nn.Module):

@@ -38,6 +38,7 @@ from edge_inspector.training import audit, calibrate, data, export, limits, repo
 from edge_inspector.training.networks import Family, Fitted
 from edge_inspector.training.networks.feature_fit import FeatureAnogan
 from edge_inspector.training.run import Progress, Run, key_of
+from edge_inspector.training.teaching.material import beside
 
 _PARITY_PICTURES, _WHITEST = 16, 65535
 _ODDEST, _RESTS = (1, 2, 4), 0.9
@@ -277,7 +278,9 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
         limit = limits.curve(engine, ranked, run.rng(), lambda done, count: run.step("detection limit", done, count))
         extremes = report.extremes(engine, ranked, scores[ascending].tolist())
     metrics = {"parity": parity, **fitted.figures, **cost, **limit.figures()}
-    manifest = manifest.model_copy(update={"samples": samples, "metrics": metrics})
+    left = run.folder / "teach"
+    digest = fitted.material.write(left) if fitted.material is not None else None
+    manifest = manifest.model_copy(update={"samples": samples, "metrics": metrics, "material": digest})
     sheets = _thinned(sorted(run.folder.glob("sheet-*.png")))
     page = report.render(manifest, promise, found, surveyed, fitted, limit, sheets, run.losses, extremes, part)
     (part / bundles.REPORT).write_text(page)
@@ -286,6 +289,9 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
     identity = bundles.sign(part, order.key)
     with OnnxEngine(Bundle(part, manifest, "", identity)) as engine:
         judge_samples(engine)
+    shutil.rmtree(beside(order.out), ignore_errors=True)
+    if digest is not None:
+        left.rename(beside(order.out))
     part.rename(order.out)
     run.remove()
     return Trained(order.out, promise, found, surveyed.remarks, fitted.notes, limit, parity, identity)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,11 @@ from edge_inspector.scoring import Found, Promise
 from edge_inspector.training import audit
 from edge_inspector.training.data import Pictures
 from edge_inspector.training.limits import Curve
-from edge_inspector.training.networks import Fitted
 
-_STYLE = (
+if TYPE_CHECKING:  # it needs PyTorch, and teaching renders pages without
+    from edge_inspector.training.networks import Fitted
+
+STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top}"
     "table.grid td,table.grid th{padding:.2em .7em;text-align:right;border:1px solid #ddd}"
@@ -52,8 +55,14 @@ def extremes(engine: Engine, ranked: Sequence[Path], scores: Sequence[float]) ->
 
 
 def _explained(engine: Engine, path: Path, unseen: float) -> Extreme:
+    name = pictures.printable(path.name)
+    title = f"{name}: {unseen:.3f} to a network that did not know it"
+    return Extreme(path, explained(engine, pictures.read(path), lambda score: f"{title}, {score:.3f} to this one"))
+
+
+def explained(engine: Engine, image: Pixels, title: Callable[[float], str]) -> Pixels:
+    """A picture with what an open engine makes of it; `title` by its score."""
     manifest = engine.bundle.manifest
-    image = pictures.read(path)
     plan = preprocess.Plan(manifest.input, Roi(), image.shape[0], image.shape[1], manifest.training.intensity_window)
     images, valid = plan.buffers()
     plan.fill(image, images, valid)
@@ -70,11 +79,11 @@ def _explained(engine: Engine, path: Path, unseen: float) -> Extreme:
     anomaly = plan.stitched(np.stack(maps))
     expected = plan.stitched(np.stack(drawn)) if drawn else None
     regions = plan.regions(anomaly, manifest.threshold, None) if score > manifest.threshold else ()
-    title = f"{pictures.printable(path.name)}: {unseen:.3f} to a network that did not know it, {score:.3f} to this one"
-    return Extreme(path, pictures.explanation(image, anomaly, manifest.threshold, regions, expected, title))
+    return pictures.explanation(image, anomaly, manifest.threshold, regions, expected, title(score))
 
 
-def _embedded(image: Pixels, width: int | None = None) -> str:
+def embedded(image: Pixels, width: int | None = None) -> str:
+    """A picture inside a page."""
     data = base64.b64encode(pictures.encoded(image, ".jpg")).decode()
     return f'<img width="{width or image.shape[1]}" src="data:image/jpeg;base64,{data}" alt="">'
 
@@ -141,13 +150,13 @@ def _limit_table(limit: Curve) -> str:
 def _remarks(remarks: Iterable[audit.Remark]) -> str:
     items = []
     for remark in remarks:
-        shown = _embedded(audit.montage(remark.paths)) if remark.paths else ""
+        shown = embedded(audit.montage(remark.paths)) if remark.paths else ""
         items.append(f'<li class="{remark.level}">{html.escape(str(remark))}<br>{shown}</li>')
     return "".join(items) or "<li>nothing odd was found</li>"
 
 
 def _figures(extremes: Sequence[Extreme]) -> str:
-    return "".join(f"<figure>{_embedded(e.picture)}</figure>" for e in extremes)
+    return "".join(f"<figure>{embedded(e.picture)}</figure>" for e in extremes)
 
 
 def _facts(manifest: Manifest, surveyed: Pictures) -> str:
@@ -177,17 +186,17 @@ def render(
     samples lie in `folder`.
     """
     samples = "".join(
-        f"<figure>{_embedded(pictures.to_bgr8(pictures.read(folder / s.file)), 200)}"
+        f"<figure>{embedded(pictures.to_bgr8(pictures.read(folder / s.file)), 200)}"
         f"<figcaption>{html.escape(s.file)}: {s.score:.3f}, {s.verdict.value}</figcaption></figure>"
         for s in manifest.samples
     )
-    learned = "".join(f"<figure>{_embedded(pictures.read(s))}<figcaption>{html.escape(s.stem)}</figcaption></figure>"
+    learned = "".join(f"<figure>{embedded(pictures.read(s))}<figcaption>{html.escape(s.stem)}</figcaption></figure>"
                       for s in sheets)  # fmt: skip
     said = "".join(f"<li>{html.escape(note)}</li>" for note in fitted.notes)
     rejected = sum(score > promise.threshold for score in manifest.calibration.scores)
     ordinary, odd = parts
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(manifest.name)}</title>
-<style>{_STYLE}</style><h1>Bundle {html.escape(manifest.name)}</h1><table>{_facts(manifest, surveyed)}</table>
+<style>{STYLE}</style><h1>Bundle {html.escape(manifest.name)}</h1><table>{_facts(manifest, surveyed)}</table>
 <h2>The promise</h2><p><b>{html.escape(str(promise))}.</b> The first rate is what to expect on average; the second is
 sure. Threshold {promise.threshold:.4g}; scores are in units of the median good part
 ({html.escape(manifest.calibration.method)}). Of these {promise.n} good parts {rejected} lie above it.

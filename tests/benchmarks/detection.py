@@ -30,11 +30,10 @@ from torch import Tensor
 
 from edge_inspector import pictures, preprocess, scoring
 from edge_inspector.roi import Roi
-from edge_inspector.training import data
+from edge_inspector.training import data, normals
 from edge_inspector.training.evaluation import Trivial, aupro, detection, labelled, mask_of
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks import feature_fit as fitting
-from edge_inspector.training.networks import feature_residuals as residuals
 from edge_inspector.training.networks import feature_weights as weights_of
 from edge_inspector.training.networks.feature_material import Extractor, Material, gathered, parts
 from edge_inspector.training.run import Run, key_of
@@ -80,7 +79,7 @@ def patchcore(heads: networks.Heads, material: Material, run: Run, count: int = 
         share = ROWS * len(part) // len(material.good.early)
         rows.append(f[torch.randperm(len(f), generator=run.seeded(7, int(part[0])))[:share]])
     every = torch.cat(rows)
-    chosen = every[residuals.centres(every, min(count, len(every)), run.seeded(8))]
+    chosen = every[normals.centres(every.numpy(), min(count, len(every)), run.rng(8))]
     return networks.Bank(chosen)
 
 
@@ -163,7 +162,7 @@ def measured(folder: Path, seed: int, most: int, family: fitting.FeatureAnogan, 
     seconds, cpu_s = time.monotonic() - began, time.process_time() - cpu
     heads = every[-1]
     sums = {"flagship": weighing.weights} | {called(c): c for c in SUMS}
-    mean, spread = crossed.normal.mean, crossed.normal.spread
+    mean, spread = weights_of.tensors(crossed.usual)
     patches = len(material.good.early) * material.good.early.shape[2] * material.good.early.shape[3]
     alone = {
         "PaDiM": padim(heads, material), "PatchCore": patchcore(heads, material, run),

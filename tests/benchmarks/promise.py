@@ -26,6 +26,7 @@ from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks import feature_fit as fitting
 from edge_inspector.training.networks import feature_weights as weights_of
 from edge_inspector.training.networks.feature_material import WITHHELD, Material, Store, gathered, parts
+from edge_inspector.training.normals import Usual
 from edge_inspector.training.run import Run, key_of
 
 ALPHAS = (0.02, 0.05)
@@ -46,16 +47,17 @@ def part_of(material: Material, index: Tensor, folds: np.ndarray) -> Material:
 def judged(
     heads: networks.Heads,
     weighing: weights_of.Weighing,
-    normal: weights_of.Normal,
+    usual: Usual,
     store: Store,
     counted: Tensor,
     index: Tensor,
 ) -> np.ndarray:
     """Scores of tiles by one network."""
-    gain = torch.tensor(weighing.weights)[:, None, None] / normal.spread
+    mean, spread = weights_of.tensors(usual)
+    gain = torch.tensor(weighing.weights)[:, None, None] / spread
     found = []
     for some in parts(index):
-        total = networks.fused(weights_of.term_maps(heads, store, some), normal.mean, gain)
+        total = networks.fused(weights_of.term_maps(heads, store, some), mean, gain)
         found.append(networks.finished(total, counted[some, None], torch.ones(()))[0].numpy())
     return np.concatenate(found)
 
@@ -100,7 +102,7 @@ def main() -> None:
             every = family.heads(ours, Run(Path(tempfile.mkdtemp(dir=work)), seed=split), key_of({"split": split}))
             crossed = weights_of.cross_fit(ours, every)
             weighing = weights_of.weighed(crossed)
-            judge = every[-1], weighing, crossed.normal
+            judge = every[-1], weighing, crossed.usual
             held = crossed.scores(weighing.weights, spoiled=False).tolist()
             fresh = judged(*judge, material.good, material.judged, rest)
             wrong = judged(*judge, defective.good, defective.judged, torch.arange(len(defective.judged)))

@@ -13,6 +13,7 @@ from edge_inspector.bundles import InputSpec
 from edge_inspector.preprocess import Window
 from edge_inspector.training.data import Pictures
 from edge_inspector.training.run import Run
+from edge_inspector.training.teaching.material import Material
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Fitted:
     """Where the family draws pictures: latents [N, n] -> uint8 [N, H, W, C] in frame order, and n."""
     sheets: str = ""
     """What the pictures show that were written while it was fitted (`Run.sheet`)."""
+    material: Material | None = None
+    """What the bundle can be taught from; None: it cannot."""
 
 
 class Family(Protocol):

@@ -95,7 +95,7 @@ class Fanogan:
         return Fitted(
             graph, scored(graph, held_tiles, len(surveyed.paths)), np.empty(0), "held out: the network never saw these parts",
             watched.figures(), watched.said(), (fanogan.Drawing(fitter.g).cpu().eval(), fanogan.LATENT),
-            "Good parts, what E and G make of them, what G draws freely; after more and more steps.",
+            sheets="Good parts, what E and G make of them, what G draws freely; after more and more steps.",
         )  # fmt: skip
 
 

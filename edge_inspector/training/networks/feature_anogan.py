@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edge_inspector.training.networks.backbone import CHANNELS
+from edge_inspector.training.normals import BLOCK
+from edge_inspector.training.teaching.network import INNER
 
 STRIDE = 8
 DEPTH = sum(CHANNELS)
-BLOCK = 2
-"""Side of a neighbourhood of the Gaussian, in feature places: 16 px of the input."""
 TERMS = ("gaussian", "bank", "discriminator")
 _WIDTH, _LATENT, _HIDDEN = 64, 32, 256
 _NEAREST = 1.0
@@ -211,6 +211,9 @@ class Exemplars(nn.Module):
 class FeatureAnoganGraph(nn.Module):
     """The one graph that is exported: pixels in, score, map and expected appearance out."""
 
+    inner = INNER
+    """What `opened` gives beside the outputs; these tensors keep their names in the exported graph."""
+
     def __init__(
         self, backbone: nn.Module, heads: Heads, exemplars: Exemplars, terms: Sequence[str], mean: Tensor, gain: Tensor
     ) -> None:
@@ -229,16 +232,23 @@ class FeatureAnoganGraph(nn.Module):
 
     def forward(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image uint8 [N, H, W, 3] RGB, valid uint8 [N, H, W] (0 = not judged) -> score [N], map [N, h, w], expected."""
-        early, late = self.backbone(as_pixels(image))
-        return self.judge(early, late, valid)
+        score, anomaly, expected, *_ = self.opened(image, valid)
+        return score, anomaly, expected
 
-    def judge(self, early: Tensor, late: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything after the backbone."""
+    def opened(self, image: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` gives, then what lies between."""
+        early, late = self.backbone(as_pixels(image))
+        score, anomaly, expected, *inner = self.judge(early, late, valid)
+        return score, anomaly, expected, early, late, *inner
+
+    def judge(self, early: Tensor, late: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
+        """Everything after the backbone: what `forward` gives, then features, maps and their sum."""
         f = self.heads.standardised(patches(early, late))
         coarse = self.heads.generator.coarse(functional.avg_pool2d(f, 2))
         maps = smoothed(torch.cat([self.heads.term(name, f, coarse) for name in self.terms], 1), self.kernel)
-        score, anomaly = finished(fused(maps, self.mean, self.gain), judged(valid), self.unit)
-        return score, anomaly, self.exemplars(coarse)
+        total = fused(maps, self.mean, self.gain)
+        score, anomaly = finished(total, judged(valid), self.unit)
+        return score, anomaly, self.exemplars(coarse), f, maps, total
 
 
 def empty_heads(h: int, w: int, prototypes: int) -> Heads:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edge_inspector import preprocess
+from edge_inspector import pictures, preprocess
 from edge_inspector.bundles import InputSpec
 from edge_inspector.errors import TrainingError
 from edge_inspector.preprocess import Window
@@ -30,12 +30,23 @@ from edge_inspector.training.networks.feature_material import (
     WITHHELD,
     Extractor,
     Material,
+    Store,
     gathered,
     parts,
 )
-from edge_inspector.training.networks.feature_residuals import Residuals, centres, moments, rows_of, sampled
-from edge_inspector.training.networks.feature_weights import Weighing, cross_fit, score_of, term_maps, weighed
+from edge_inspector.training.networks.feature_residuals import Residuals, moments, rows_of, sampled
+from edge_inspector.training.networks.feature_weights import (
+    CrossFit,
+    Weighing,
+    cross_fit,
+    score_of,
+    tensors,
+    term_maps,
+    weighed,
+)
+from edge_inspector.training.normals import centres
 from edge_inspector.training.run import Run, key_of
+from edge_inspector.training.teaching import material as teaching
 
 _BATCH = 8
 _ROWS, _ROW_BATCH, _TILES, _NEAR = 120_000, 1024, 128, 0.05
@@ -258,20 +269,22 @@ class FeatureAnogan:
         every = settings.heads(material, run, key_of({**asdict(settings), **about}))
         crossed, heads, backbone = cross_fit(material, every), every[-1], material.extractor.exported
         weighing = weighed(crossed)
-        used = weighing.of(crossed.normal)
+        used = weighing.of(crossed.usual)
         graph = networks.FeatureAnoganGraph(backbone, heads, _exemplars(heads, material, run), weighing.terms, *used).eval()
         scores = np.full(len(surveyed.paths), np.nan)
         np.fmax.at(scores, material.picture, crossed.scores(weighing.weights, spoiled=False))
         scores[~material.whole] = np.nan
         if run.first and not material.whole.all():
             weights = torch.tensor(weighing.weights)[:, None, None]
-            judges = {f: (every[f], n.mean, weights / n.spread) for f, n in crossed.without.items()}
+            others = {fold: tensors(usual) for fold, usual in crossed.without.items()}
+            judges = {fold: (every[fold], mean, weights / spread) for fold, (mean, spread) in others.items()}
             by_picture = [judges[fold] for fold in surveyed.folds(self.folds)]
             _judge_others(scores, surveyed.paths, by_picture, material.extractor, (spec, window), run)
         return Fitted(
             graph, scores, crossed.scores(weighing.weights, spoiled=True),
             f"cross-fitted: each part by networks fitted without its fold, one of {self.folds}",
             {"drawn_defects_auroc": weighing.auroc, "steps": settings.steps}, self._notes(weighing, material),
+            material=_material(material, crossed, weighing, surveyed, self.folds) if run.first else None,
             sheets="Parts with drawn defects, and the anomaly maps of networks that knew neither the parts nor such defects.",
         )  # fmt: skip
 
@@ -365,6 +378,28 @@ class FeatureAnogan:
         return {group: Drawing.loaded(state["drawing"]) for group, state in states.items()}
 
 
+def _material(material: Material, crossed: CrossFit, weighing: Weighing, surveyed: Pictures, folds: int) -> teaching.Material:
+    """What the bundle can be taught from: of pictures that are whole here, and defects drawn into them."""
+    whole = material.whole[material.picture]
+    number = np.cumsum(material.whole) - 1
+    spoiled = np.repeat(whole, WITHHELD) & crossed.visible.numpy()
+
+    def tiles(store: Store, rows: NDArray[np.bool_], maps: Tensor, origin: NDArray[np.intp]) -> teaching.Tiles:
+        fold = material.fold[origin]
+        picture = number[material.picture[origin]] if store is material.good else np.arange(len(origin))
+        early, late = store.early.numpy()[rows], store.late.numpy()[rows]
+        seen = crossed.raw(maps, fold, weighing.used)
+        return teaching.Tiles(early, late, seen, material.judged.numpy()[origin], fold, picture)
+
+    rows = np.arange(len(whole))
+    good = tiles(material.good, whole, crossed.good[whole], rows[whole])
+    drawn = tiles(material.withheld, spoiled, crossed.withheld[spoiled], np.repeat(rows, WITHHELD)[spoiled])
+    names = pictures.part_names([path for path, kept in zip(surveyed.paths, material.whole, strict=True) if kept])
+    weights = tuple(weighing.weights[term] for term in weighing.used)
+    about = teaching.About(terms=weighing.terms, weights=weights, folds=folds, good=names)
+    return teaching.Material(about, good, drawn, good.none()).bounded()
+
+
 @torch.no_grad()
 def _exemplars(heads: networks.Heads, material: Material, run: Run) -> networks.Exemplars:
     """Good tiles that are most unlike each other."""
@@ -372,7 +407,7 @@ def _exemplars(heads: networks.Heads, material: Material, run: Run) -> networks.
     for part in parts(torch.arange(len(material.good))):
         f = heads.standardised(material.good.raw(part))
         keys.append(networks.Exemplars.key(heads.generator.coarse(functional.avg_pool2d(f, 2))))
-    chosen = centres(torch.cat(keys), _EXEMPLARS, run.seeded(-2))
+    chosen = centres(torch.cat(keys).numpy(), _EXEMPLARS, run.rng(0, 2))
     return networks.Exemplars(torch.cat(keys)[chosen], material.shown[chosen])
 
 

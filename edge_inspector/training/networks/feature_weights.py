@@ -13,6 +13,7 @@ from torch.nn import functional
 from edge_inspector import scoring
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks.feature_material import COVERED, WITHHELD, Material, Store, parts
+from edge_inspector.training.normals import Floats, Usual
 
 Weights = tuple[float, float, float]
 """Of TERMS."""
@@ -21,27 +22,10 @@ CANDIDATES: tuple[Weights, ...] = ((1.0, 0.5, 0.5), (1.0, 0.0, 0.5), (0.0, 1.0, 
 defects, so they would always ask for more of it than real ones do: they choose between the residuals alone."""
 _CLEARLY = 0.03
 """AUROC by which drawn defects must be told better without a residual for it to be left out: they are not real ones."""
-_SHARED = 100
-"""Good tiles that the spread of all places together counts for, beside a place's own."""
 
-
-@dataclass(frozen=True)
-class Normal:
-    """What each term's smoothed map is over good tiles."""
-
-    mean: Tensor
-    """[T, h, w]"""
-    spread: Tensor
-    """[T, h, w]; where tiles are few it is nearly the same at every place."""
-
-    @staticmethod
-    def of(maps: Tensor, judged: Tensor) -> Normal:
-        """By maps [N, T, h, w]; judged bool [N, h, w]."""
-        mean = maps.mean(0)
-        away = (maps - mean) ** 2
-        shared = torch.stack([away[:, term][judged].mean() for term in range(maps.shape[1])])
-        variance = (away.sum(0) + _SHARED * shared[:, None, None]) / (len(maps) + _SHARED)
-        return Normal(mean, variance.sqrt())
+def tensors(usual: Usual) -> tuple[Tensor, Tensor]:
+    """Its mean and spread, [T, h, w]."""
+    return torch.from_numpy(usual.mean), torch.from_numpy(usual.spread)
 
 
 @dataclass(frozen=True)
@@ -55,13 +39,18 @@ class Weighing:
     @property
     def terms(self) -> tuple[str, ...]:
         """Those that are used."""
-        return tuple(name for name, weight in zip(networks.TERMS, self.weights, strict=True) if weight)
+        return tuple(networks.TERMS[i] for i in self.used)
 
-    def of(self, normal: Normal) -> tuple[Tensor, Tensor]:
+    @property
+    def used(self) -> list[int]:
+        """Which of TERMS these are."""
+        return [i for i, weight in enumerate(self.weights) if weight]
+
+    def of(self, usual: Usual) -> tuple[Tensor, Tensor]:
         """Mean and gain of the terms that are used, [terms, h, w], as the graph takes them."""
-        used = [i for i, weight in enumerate(self.weights) if weight]
-        weight = torch.tensor([self.weights[i] for i in used])
-        return normal.mean[used], weight[:, None, None] / normal.spread[used]
+        mean, spread = tensors(usual)
+        weight = torch.tensor([self.weights[i] for i in self.used])
+        return mean[self.used], weight[:, None, None] / spread[self.used]
 
 
 @dataclass(frozen=True)
@@ -76,10 +65,18 @@ class CrossFit:
     """Bool [M]: the defect covers enough of a place to be called one."""
     judged: Tensor
     """Bool [N, h, w] of good tiles."""
-    normal: Normal
+    usual: Usual
     """By all folds, for the graph."""
-    without: dict[int, Normal]
+    without: dict[int, Usual]
     """By all folds but one: a part's own map must not decide what is usual where it lies."""
+
+    def raw(self, maps: Tensor, fold: NDArray[np.intp], used: list[int]) -> Floats:
+        """Some of its maps [n, T, h, w] as the terms gave them, by the fold of each, of the terms that are used."""
+        out = maps.numpy()[:, used]
+        for one, usual in self.without.items():
+            rows = fold == one
+            out[rows] = out[rows] * usual.spread[used] + usual.mean[used]
+        return out
 
     def scores(self, weights: Weights, *, spoiled: bool) -> NDArray[np.float64]:
         """Score of each good tile, or of each visibly spoiled one, as the graph computes it."""
@@ -101,13 +98,15 @@ def cross_fit(material: Material, heads: dict[int, networks.Heads]) -> CrossFit:
         held, drawn = (fold == one).nonzero()[:, 0], (drawn_fold == one).nonzero()[:, 0]
         good[held] = term_maps(heads[one], material.good, held)
         withheld[drawn] = term_maps(heads[one], material.withheld, drawn)
-    normal = Normal.of(good, material.judged)
-    without = {one: Normal.of(good[fold != one], material.judged[fold != one]) for one in folds}
-    for one, usual in without.items():
+    judged, every, others = material.judged.numpy(), good.numpy(), fold.numpy()
+    usual = Usual.of(every, judged)
+    without = {one: Usual.of(every[others != one], judged[others != one]) for one in folds}
+    for one, found in without.items():
+        mean, spread = tensors(found)
         for maps, where in ((good, fold == one), (withheld, drawn_fold == one)):
-            maps[where] = (maps[where] - usual.mean) / usual.spread
+            maps[where] = (maps[where] - mean) / spread
     visible = material.withheld.defective.flatten(1).amax(1) > COVERED
-    return CrossFit(good, withheld, visible, material.judged, normal, without)
+    return CrossFit(good, withheld, visible, material.judged, usual, without)
 
 
 def preferred(found: dict[Weights, float]) -> Weights:
