@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -151,21 +151,25 @@ class Found:
         return f"{self.here:.0%} of drawn defects are found; {half}, {twice}"
 
 
-def found(drawn: Sequence[float], good: Sequence[float], wish: Wish) -> Found:
-    """Shares of drawn defects that are found, by their scores and those of good parts."""
+def found(
+    drawn: Sequence[float], good: Sequence[float], wish: Wish, keeping: Callable[[Sequence[float], Wish], Promise] | None = None
+) -> Found:
+    """Shares of drawn defects that are found, by their scores and those of good parts; `keeping`: instead of `promise`."""
+    keeping = keeping or promise
 
     def above(made: Promise) -> float:
         return float((np.asarray(drawn) > made.threshold).mean())
 
-    half = promise(good, replace(wish, rate=wish.rate / 2))
-    twice = promise(good, replace(wish, rate=min(1.0, 2 * wish.rate)))
-    return Found(above(promise(good, wish)), above(half) if half.kept else None, above(twice))
+    half = keeping(good, replace(wish, rate=wish.rate / 2))
+    twice = keeping(good, replace(wish, rate=min(1.0, 2 * wish.rate)))
+    return Found(above(keeping(good, wish)), above(half) if half.kept else None, above(twice))
 
 
-def promise(scores: Sequence[float], wish: Wish) -> Promise:
+def promise(scores: Sequence[float], wish: Wish, at_least: float = 0.0) -> Promise:
     """The lowest threshold that keeps a wish, from scores of good parts by networks not fitted to them.
 
-    Where n does not carry the wish it is the largest score, with the rates that this one has.
+    Where n does not carry the wish it is the largest score, with the rates that this one has. `at_least`: a threshold
+    that some of the parts need for themselves; the rates are those that it has among all.
     """
     ordered = sorted(scores, reverse=True)
     n = len(ordered)
@@ -174,6 +178,8 @@ def promise(scores: Sequence[float], wish: Wish) -> Promise:
     kept = wish.rank(n)
     rank = max(1, kept)
     threshold = ordered[rank - 1]
+    if at_least > threshold:
+        threshold, rank = at_least, 1 + sum(score > at_least for score in ordered)
     at_most = upper_bound(rank - 1, n, wish.confidence)
     lower = next((r for r in range(n) if binomial_cdf(r, n, at_most) >= wish.confidence), n - 1)
     return Promise(threshold, n, wish, kept > 0, rank / (n + 1), at_most, min(threshold, ordered[lower]))

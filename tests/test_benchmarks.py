@@ -33,6 +33,7 @@ RUNS = {
     "gans-": ("SET", "--minutes", "0.01", "--width", "4", "--anogan-steps", "1", "--out", "SET/out"),
     "promise-": ("SET", "--splits", "1", "--pictures", "24", "--out", "SET/out", *TRAINED),
     "precision-": ("SET/tiny", "SET/test/good", "--trust", "SET/trust"),
+    "teaching-": ("SET", "--pictures", "24", "--draws", "1", "--out", "SET/out", *TRAINED),
     "runner-": ("--rounds", "5"),
 }
 
@@ -50,7 +51,7 @@ def drawn_set(folder: Path) -> None:
 
 
 def require(module: str) -> None:
-    if module in ("detection", "gans", "promise"):
+    if module in ("detection", "gans", "promise", "teaching"):
         pytest.importorskip("torch", reason='torch is not installed: pip install "edge-inspector[train]"')
     if module == "runner":
         needs_pycuda()

@@ -195,3 +195,11 @@ def test_a_result_never_exceeds_four_kilobytes_and_counts_what_it_leaves_out() -
 def test_times_are_utc_with_milliseconds_and_z() -> None:
     assert rfc3339(NOW) == "2026-11-23T08:15:30.100Z"
     assert b'"triggered_at":"2026-11-23T08:15:30.100Z"' in result().payload()
+
+
+def test_a_threshold_that_some_parts_need_has_the_rates_that_it_has_among_all() -> None:
+    scores = [float(n) for n in range(1, 200)]
+    usual, higher = scoring.promise(scores, Wish(0.05)), scoring.promise(scores, Wish(0.05), 197.5)
+    assert (higher.threshold, higher.expected) == (197.5, 3 / 200)
+    assert higher.at_most < usual.at_most
+    assert scoring.promise(scores, Wish(0.05), 3.0) == usual

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -394,7 +395,8 @@ def _material(material: Material, crossed: CrossFit, weighing: Weighing, surveye
     rows = np.arange(len(whole))
     good = tiles(material.good, whole, crossed.good[whole], rows[whole])
     drawn = tiles(material.withheld, spoiled, crossed.withheld[spoiled], np.repeat(rows, WITHHELD)[spoiled])
-    names = pictures.part_names([path for path, kept in zip(surveyed.paths, material.whole, strict=True) if kept])
+    paths = [path for path, kept in zip(surveyed.paths, material.whole, strict=True) if kept]
+    names = pictures.part_names(paths, Path(os.path.commonpath([path.parent for path in paths])))
     weights = tuple(weighing.weights[term] for term in weighing.used)
     about = teaching.About(terms=weighing.terms, weights=weights, folds=folds, good=names)
     return teaching.Material(about, good, drawn, good.none()).bounded()

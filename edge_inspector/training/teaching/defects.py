@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_inspector.scoring import Wish, promise
+from edge_inspector.scoring import Promise
 from edge_inspector.training.normals import Floats, Sums, at_places, blocks, ridged, spread_out
 from edge_inspector.training.teaching.material import Tiles
 from edge_inspector.training.teaching.network import Network, Term
@@ -29,6 +29,8 @@ _SHRINK, _PLACES, _ROUNDS = 0.5, 5, 2
 _SLACK = 0.01
 """Share of drawn defects that teaching may lose."""
 _MOST_LEFT_OUT = 20
+Limit = Callable[[NDArray[np.float64]], Promise]
+"""Scores of the good pictures -> what threshold keeps its word."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,10 @@ class Lesson:
 
     def __init__(
         self, network: Network, groups: tuple[Tiles, Tiles, Tiles], base: tuple[Floats, Floats, Floats],
-        marked: NDArray[np.bool_], wish: Wish, tick: Callable[[int, int], None],
+        marked: NDArray[np.bool_], limit: Limit, tick: Callable[[int, int], None],
     ) -> None:  # fmt: skip
         self._network, self._groups, self._base = network, groups, base
-        self._marked, self._wish, self._tick, self._unit = marked, wish, tick, network.unit
+        self._marked, self._limit, self._tick, self._unit = marked, limit, tick, network.unit
 
     def nothing(self) -> Taught:
         """Where no defect is shown."""
@@ -214,7 +216,7 @@ class Lesson:
             each = [tiles.scores(base + np.float32(weight) * one.clip(min=0)) for one in along]
             scores.append(np.stack(each) / self._unit)
         good, drawn, taught = scores
-        limits = np.array([promise(one.tolist(), self._wish).threshold for one in good])
+        limits = np.array([self._limit(one).threshold for one in good])
         own = taught[groups, np.arange(len(groups))]
         return Choice(weight, float(limits[0]), good[0], drawn[0], taught[0], own > limits[groups])
 

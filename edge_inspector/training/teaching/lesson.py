@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from edge_inspector.training.teaching import defects, material, page, refit
 from edge_inspector.training.teaching.changes import Change, Counted
 from edge_inspector.training.teaching.material import Material
 from edge_inspector.training.teaching.network import Network
-from edge_inspector.training.teaching.shown import Shown, Tick, plan_of, region_of, shown
+from edge_inspector.training.teaching.shown import Shown, Tick, region_of, shown
 
 TRAINED_REPORT = "report-trained.html"
 _CLEAR, _MOST_SAMPLES = 1.05, 7
@@ -131,10 +132,8 @@ def _scored(bundle: Bundle, seen: Shown | None) -> NDArray[np.float64]:
     """Scores of shown pictures by a bundle as it is."""
     if seen is None:
         return np.array([])
-    images = [region_of(bundle, path) for path in seen.paths]
-    plan = plan_of(bundle, images[0])
-    with OnnxEngine(bundle, batch=len(plan.tiles)) as engine:
-        return np.array([picture_score(engine, image) for image in images])
+    with OnnxEngine(bundle) as engine:
+        return np.array([picture_score(engine, region_of(bundle, path)) for path in seen.paths])
 
 
 class _Lesson:
@@ -153,6 +152,7 @@ class _Lesson:
         self.found_before: float = rates.found
         self.notes: list[str] = []
         self.network, self.whole = network, self._joined()
+        self.new = len(good.names) if good is not None else 0
         if good is not None:
             self.network, self.whole = refit.refitted(network, self.whole, lambda n, of: tick("good parts", n, of))
         sums = refit.weighed(self.whole)
@@ -160,7 +160,28 @@ class _Lesson:
         self.network = self.network.with_usual(sums.usual.mean, gain)
         self.taught = self._learned(sums)
         self.chosen = self.taught.chosen
-        self.promise = scoring.promise(self.chosen.good.tolist(), self.wish)
+        self.promise = self._limit(self.chosen.good.tolist(), self.wish)
+        self._say_new()
+
+    def _limit(self, scores: Sequence[float], wish: scoring.Wish) -> scoring.Promise:
+        """What keeps a wish among all good parts, and among those that were shown: these are what comes from now on."""
+        new = scores[len(scores) - self.new :]
+        if len(new) < wish.needed:
+            return scoring.promise(scores, wish)
+        return scoring.promise(scores, wish, scoring.promise(new, wish).threshold)
+
+    def _say_new(self) -> None:
+        """The rates of good parts like those that were shown."""
+        if not self.new:
+            return
+        if self.new < self.wish.needed:
+            more = self.wish.needed - self.new
+            self.notes.append(
+                f"{self.new} good parts say no rate of their own: {more} more, and the wish is kept for such parts alone, too"
+            )
+            return
+        own = scoring.promise(self.chosen.good[-self.new :].tolist(), self.wish, self.promise.threshold)
+        self.notes.append(f"of good parts like those shown: {own}")
 
     def _joined(self) -> Material:
         """What was known and what is shown, together."""
@@ -180,7 +201,8 @@ class _Lesson:
         if self.bad is not None:
             marked = np.concatenate([marked[: len(self.held.taught)], self.bad.marked])
         lesson = defects.Lesson(
-            self.network, (whole.good, whole.drawn, whole.taught), (sums.good, sums.drawn, sums.taught), marked, self.wish,
+            self.network, (whole.good, whole.drawn, whole.taught), (sums.good, sums.drawn, sums.taught), marked,
+            lambda scores: self._limit(scores.tolist(), self.wish),
             lambda done, of: self.tick("defects", done, of),
         )  # fmt: skip
         return lesson.learned() if len(whole.taught) else lesson.nothing()
@@ -268,7 +290,7 @@ class _Lesson:
     def _draft(self) -> Manifest:
         """The manifest of the new release, but for samples and files."""
         promise, old, chosen = self.promise, self.manifest, self.chosen
-        found = scoring.found(chosen.drawn.tolist(), chosen.good.tolist(), self.wish)
+        found = scoring.found(chosen.drawn.tolist(), chosen.good.tolist(), self.wish, self._limit)
         bad, good = (len(seen.names) if seen is not None else 0 for seen in (self.bad, self.good))
         return old.model_copy(
             update={

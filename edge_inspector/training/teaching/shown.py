@@ -133,7 +133,10 @@ def _cut(mask: NDArray[np.uint8], plan: preprocess.Plan, path: Path) -> NDArray[
     """A picture's mask, cut as the picture is: [tiles, H, W]."""
     if mask.shape != plan.size:
         found, wanted = (f"{size[1]}x{size[0]}" for size in (mask.shape, plan.size))
-        raise TrainingError(f"{pictures.printable(path)}: its mask has {found} px, the picture {wanted}")
+        raise TrainingError(
+            f"{pictures.printable(path)}: its mask has {found} px, the picture {wanted}",
+            hint="give masks of the pictures' own size",
+        )
     _, out = plan.buffers()
     out[:] = 0
     left, top = plan.box[:2]
