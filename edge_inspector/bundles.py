@@ -123,6 +123,7 @@ class PictureKind(TolerantModel):
     channels: Literal[1, 3] | None = Field(None, description="1: grey, 3: colour; none: as its samples are")
     sizes: tuple[Size, Size] | None = Field(None, description="smallest and largest width and height, in px")
     region: Roi | None = Field(None, description="the region of each picture that was trained on; none: all of it")
+    left_out: tuple[str, ...] = Field((), description="good parts that a person left out; they count as rejected")
 
 
 class Taught(TolerantModel):

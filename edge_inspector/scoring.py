@@ -152,10 +152,9 @@ class Found:
 
 
 def found(
-    drawn: Sequence[float], good: Sequence[float], wish: Wish, keeping: Callable[[Sequence[float], Wish], Promise] | None = None
+    drawn: Sequence[float], good: Sequence[float], wish: Wish, keeping: Callable[[Sequence[float], Wish], Promise]
 ) -> Found:
-    """Shares of drawn defects that are found, by their scores and those of good parts; `keeping`: instead of `promise`."""
-    keeping = keeping or promise
+    """Shares of drawn defects that are found, by their scores and those of good parts; `keeping`: `promise`, or as it."""
 
     def above(made: Promise) -> float:
         return float((np.asarray(drawn) > made.threshold).mean())
@@ -165,24 +164,26 @@ def found(
     return Found(above(keeping(good, wish)), above(half) if half.kept else None, above(twice))
 
 
-def promise(scores: Sequence[float], wish: Wish, at_least: float = 0.0) -> Promise:
+def promise(scores: Sequence[float], wish: Wish, at_least: float = 0.0, rejected: int = 0) -> Promise:
     """The lowest threshold that keeps a wish, from scores of good parts by networks not fitted to them.
 
     Where n does not carry the wish it is the largest score, with the rates that this one has. `at_least`: a threshold
-    that some of the parts need for themselves; the rates are those that it has among all.
+    that some of the parts need for themselves. `rejected`: good parts beside these that are rejected whatever they score.
     """
     ordered = sorted(scores, reverse=True)
-    n = len(ordered)
-    if n == 0 or not all(math.isfinite(score) for score in ordered):
-        raise ValueError(f"{n} scores, all finite ones are needed")
-    kept = wish.rank(n)
-    rank = max(1, kept)
+    n = len(ordered) + rejected
+    if not ordered or not all(math.isfinite(score) for score in ordered):
+        raise ValueError(f"{len(ordered)} scores, all finite ones are needed")
+    allowed = wish.rank(n)
+    rank = max(1, allowed - rejected)
     threshold = ordered[rank - 1]
     if at_least > threshold:
         threshold, rank = at_least, 1 + sum(score > at_least for score in ordered)
-    at_most = upper_bound(rank - 1, n, wish.confidence)
+    above = rank + rejected
+    at_most = upper_bound(above - 1, n, wish.confidence)
     lower = next((r for r in range(n) if binomial_cdf(r, n, at_most) >= wish.confidence), n - 1)
-    return Promise(threshold, n, wish, kept > 0, rank / (n + 1), at_most, min(threshold, ordered[lower]))
+    review = min(threshold, ordered[max(0, lower - rejected)])
+    return Promise(threshold, n, wish, allowed >= above, above / (n + 1), at_most, review)
 
 
 def auroc(normal: ArrayLike, anomalous: ArrayLike) -> float:

@@ -140,10 +140,10 @@ def test_both_rates_are_told_apart() -> None:
 def test_what_a_threshold_costs_is_told_for_half_and_twice_as_many_rejects() -> None:
     good = [float(n) for n in range(1, 100)]
     drawn = [94.5, 96.5, 97.5, 98.5]
-    cost = scoring.found(drawn, good, Wish(0.04))
+    cost = scoring.found(drawn, good, Wish(0.04), scoring.promise)
     assert (cost.here, cost.at_half, cost.at_twice) == (0.75, 0.25, 1.0)
     assert str(cost) == ("75% of drawn defects are found; 25% with half as many good parts rejected, 100% with twice as many")
-    few = scoring.found(drawn, good[-30:], Wish(0.04))
+    few = scoring.found(drawn, good[-30:], Wish(0.04), scoring.promise)
     assert (few.at_half, str(few)) == (
         None,
         "0% of drawn defects are found; 25% with twice as many good parts rejected",
@@ -203,3 +203,18 @@ def test_a_threshold_that_some_parts_need_has_the_rates_that_it_has_among_all() 
     assert (higher.threshold, higher.expected) == (197.5, 3 / 200)
     assert higher.at_most < usual.at_most
     assert scoring.promise(scores, Wish(0.05), 3.0) == usual
+
+
+@pytest.mark.parametrize("sure", [False, True])
+@given(st.lists(st.floats(0.1, 10), min_size=30, max_size=90, unique=True), st.integers(0, 6))
+def test_parts_that_are_left_out_count_as_rejected_ones(sure: bool, scores: list[float], count: int) -> None:
+    """As if they had scored higher than all others; only where the threshold would be one of theirs is it the largest left."""
+    wish = Wish(0.1, sure=sure)
+    said, whole = scoring.promise(scores, wish, rejected=count), scoring.promise([*scores, *(100.0 + n for n in range(count))], wish)
+    assert said.n == whole.n
+    if whole.threshold < 100:
+        assert said == whole
+    else:
+        assert said.threshold == max(scores)
+        assert said.expected == pytest.approx((count + 1) / (said.n + 1))
+        assert not said.kept

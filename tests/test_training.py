@@ -328,9 +328,21 @@ def test_a_threshold_that_rests_on_few_odd_parts_is_said_with_their_names() -> N
     odd = [*even[:37], 4.0, 5.0, 6.0]
     (said,) = orders._rests_on(names, odd, [1.2, 1.5, 1.7, 9.0], scoring.promise(odd, Wish(0.05)))
     assert "few parts decide the threshold, 5" in said
-    assert "without the oddest 2: 4, 25% of drawn defects found" in said
-    assert "without the oddest 4: 1.35, 75% of drawn defects found" in said
+    assert "without the oddest 2: 4, 25% of drawn defects found, 7.32 % of good parts rejected" in said
+    assert "without the oddest 4: 1.35, 75% of drawn defects found, 12.2 % of good parts rejected" in said
     assert "039.png, 038.png, 037.png" in said
+
+
+def test_good_parts_that_a_person_leaves_out_are_recorded_and_count_as_rejected(tmp_path: Path) -> None:
+    good = drawn(tmp_path / "good", 30)
+    trained = training.train(order(tmp_path, good, family=SMALL, leave_out=("003.png", "017.png")))
+    manifest = bundles.open_bundle(trained.folder, tmp_path / "trust").manifest
+    assert manifest.pictures.left_out == ("003.png", "017.png")
+    assert (manifest.training.pictures, len(manifest.calibration.scores), manifest.calibration.n) == (28, 28, 30)
+    assert trained.promise.expected == pytest.approx(3 / 31), "two that are left out, and the largest score"
+    for names, said in ((("x.png",), "x.png: no such picture"), (("003.png", "003.png"), "003.png: named twice")):
+        with pytest.raises(TrainingError, match=said):
+            training.train(order(tmp_path, good, out=tmp_path / "other", family=SMALL, leave_out=names))
 
 
 def test_a_fold_taken_away_leaves_the_gaussian_of_the_others(tmp_path: Path) -> None:

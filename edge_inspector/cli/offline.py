@@ -137,6 +137,9 @@ def train(
     intensity_window: Annotated[tuple[int, int] | None, typer.Option(help="for 10 to 16 bit: black and white level")] = None,
     expected: ExpectedOption = None,
     at_most: AtMostOption = None,
+    leave_out: Annotated[
+        Path | None, typer.Option(help="a file with names of good pictures to leave out; they count as rejected")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 1,
     steps: Annotated[int | None, typer.Option(min=20, help="feature-anogan: steps of G and of D [400]")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="feature-anogan: an INT8 backbone, everything fitted to it")] = False,
@@ -172,10 +175,21 @@ def train(
         folder=folder, out=out_folder / (name or product), product=product, name=name or product, key=signing,
         release=release, family=_family(family, given), seed=seed, roi=wanted.roi, tile=tile, overlap=overlap,
         intensity_window=intensity_window or wanted.window,
-        wish=_wish(expected, at_most), device=device, restart=restart, minutes=minutes,
+        wish=_wish(expected, at_most), leave_out=_names_in(leave_out), device=device, restart=restart, minutes=minutes,
         latency_ms=latency_ms, command=f"edge-inspector {shlex.join(sys.argv[1:])}",
     )  # fmt: skip
     _told(_trained(order, run), as_json=as_json)
+
+
+def _names_in(file: Path | None) -> tuple[str, ...]:
+    """The lines of a file, without empty ones and repetitions."""
+    if file is None:
+        return ()
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InspectorError(f"--leave-out {file}: {error}", hint="give a text file: one name on each line") from error
+    return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
 def _wish(expected: float | None, at_most: float | None) -> Wish:

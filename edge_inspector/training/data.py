@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -58,14 +58,16 @@ def survey(
     tick: Callable[[int, int], None] = lambda _, __: None,
     window: preprocess.Window | None = None,
     original: Path | None = None,
+    leave_out: Sequence[str] = (),
 ) -> Pictures:
     """Read every picture once: refuse what cannot be used, remark on what looks odd. tick(done, all) after each.
 
     Exact copies are left out: in another fold they would let a network be judged by parts that it knows. `window`: the
     intensities that are black and white. `original`: where the pictures were cut from, whose left-out files are told.
+    `leave_out`: names of pictures that a person does not want to be learned from.
     Raises TrainingError (too few, mixed colours or bit depths) and PictureError (none, no folder).
     """
-    listing = pictures.listed(folder)
+    listing = _without(pictures.listed(folder), leave_out, cut=original is not None)
     read = _read(listing, tick, window)
     _refuse_few(folder, read)
     _refuse_mixed(folder, read.found)
@@ -78,6 +80,31 @@ def survey(
         remarks=_said(read, listing if original is None else pictures.listed(original)),
         sizes=((min(widths), min(heights)), (max(widths), max(heights))),
     )  # fmt: skip
+
+
+def _without(listing: pictures.Listing, leave_out: Sequence[str], *, cut: bool) -> pictures.Listing:
+    """The listing without some pictures, each named by its file name or its path in the folder. Raises TrainingError.
+
+    `cut`: the files are crops, whose names end in a further .png.
+    """
+    named: dict[str, list[Path]] = {}
+    for path in listing.taken:
+        within = path.relative_to(listing.folder)
+        own = within.with_name(within.name.removesuffix(".png")) if cut else within
+        for name in {own.name, str(own)}:
+            named.setdefault(name, []).append(path)
+    gone: set[Path] = set()
+    for name in leave_out:
+        count = len(named.get(name, ()))
+        again = count == 1 and named[name][0] in gone
+        if count != 1 or again:
+            found = "named twice" if again else f"{count} pictures have that name" if count else "no such picture"
+            raise TrainingError(
+                f"--leave-out {pictures.printable(name)}: {found} in {pictures.printable(listing.folder)}",
+                hint="one name on each line, as the report tells them; or the path within the folder",
+            )
+        gone.add(named[name][0])
+    return replace(listing, taken=tuple(path for path in listing.taken if path not in gone))
 
 
 @dataclass

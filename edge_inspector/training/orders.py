@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -69,6 +70,8 @@ class Order:
     intensity_window: Window | None = None
     wish: scoring.Wish = field(default_factory=lambda: scoring.Wish(0.05))
     """How many good parts may be rejected."""
+    leave_out: tuple[str, ...] = ()
+    """Names of good pictures that are not learned from; the promise counts them as rejected."""
     device: str = "cpu"
     restart: bool = False
     minutes: float | None = None
@@ -152,7 +155,9 @@ def _trained(order: Order, run: Run, on_audit: Callable[[data.Pictures], None]) 
         key = hashlib.sha256(order.roi.model_dump_json().encode()).hexdigest()[:12]
         folder, original = run.folder / f"region-{key}", order.folder
         _everywhere(run, lambda: data.cropped(order.folder, order.roi, folder, order.intensity_window))
-    surveyed = data.survey(folder, lambda done, count: run.step("reading", done, count), order.intensity_window, original)
+    surveyed = data.survey(
+        folder, lambda done, count: run.step("reading", done, count), order.intensity_window, original, order.leave_out
+    )
     if surveyed.depth_bits != 8 and order.intensity_window is None:
         raise TrainingError(
             f"{order.folder}: {surveyed.depth_bits}-bit pictures need --intensity-window LOW HIGH",
@@ -244,8 +249,9 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
     graph.unit.fill_(scale)
     scores = fitted.scores / scale
     good = scores[known].tolist()
-    promise = scoring.promise(good, order.wish)
-    found = scoring.found((fitted.drawn / scale).tolist(), good, order.wish) if len(fitted.drawn) else None
+    keeping = partial(scoring.promise, rejected=len(order.leave_out))
+    promise = keeping(good, order.wish)
+    found = scoring.found((fitted.drawn / scale).tolist(), good, order.wish, keeping) if len(fitted.drawn) else None
     some = surveyed.paths[:: max(1, len(surveyed.paths) // _PARITY_PICTURES)][:_PARITY_PICTURES]
     tiles = data.load_tiles(some, spec, order.intensity_window).images[:_PARITY_PICTURES]
     export.export(graph, part / bundles.NETWORK, tiles[:1])
@@ -300,16 +306,21 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
 def _rests_on(ranked: Sequence[Path], good: list[float], drawn: list[float], promise: scoring.Promise) -> Iterator[str]:
     """Says so where few odd parts decide the threshold; `ranked` and their scores `good` ascend."""
     said = []
+    left_out = promise.n - len(good)
     for count in _ODDEST:
-        without = scoring.promise(good[:-count], promise.wish).threshold if count < len(good) else promise.threshold
-        if without < _RESTS * promise.threshold:
-            found = f", {np.mean(np.array(drawn) > without):.0%} of drawn defects found" if drawn else ""
-            said.append(f"without the oddest {count}: {without:.3g}{found}")
+        if count >= len(good):
+            continue
+        without = scoring.promise(good[:-count], promise.wish, rejected=left_out + count)
+        if without.threshold < _RESTS * promise.threshold:
+            found = f", {np.mean(np.array(drawn) > without.threshold):.0%} of drawn defects found" if drawn else ""
+            rate = f"{100 * without.expected:.3g} % of good parts rejected"
+            said.append(f"without the oddest {count}: {without.threshold:.3g}{found}, {rate}")
     if said:
         names = ", ".join(pictures.printable(path.name) for path in ranked[: -max(_ODDEST) - 1 : -1])
         yield (
             f"few parts decide the threshold, {promise.threshold:.3g}; {'; '.join(said)}. The oddest are {names}. "
-            "Are they really good? If so they stay: such parts will come again. If not, take them out and train again"
+            "Are they really good? If not, take them out and train again. If they are, but may be rejected, write "
+            "their names into a file, one on each line, and train again with --leave-out FILE"
         )
 
 
@@ -334,6 +345,7 @@ def _draft(order: Order, surveyed: data.Pictures, spec: InputSpec) -> Manifest:
         ),
         pictures=PictureKind(
             channels=1 if surveyed.channels == 1 else 3, sizes=surveyed.sizes, region=None if order.roi == Roi() else order.roi,
+            left_out=order.leave_out,
         ),
         min_version=_READ_SINCE, command=order.command, files={"none": FileEntry(size=0, sha256="0" * 64)},
     )  # fmt: skip

@@ -9,7 +9,6 @@ not run again; --table prints it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import tempfile
@@ -80,8 +79,10 @@ def measured(folder: Path, most: int, draws: int, family: FeatureAnogan) -> Iter
             for number, path in enumerate(chosen):
                 (shown / f"{number:03d}{path.suffix}").symlink_to(path.resolve())
             key = signatures.read_private_key(work / "key")
-            order = lesson.Order(bundle, trust, out, key, accept_loss=True)
-            order = dataclasses.replace(order, **{option: shown})
+            order = lesson.Order(
+                bundle, trust, out, key, shown if option == "defects" else None, shown if option == "good" else None,
+                accept_loss=True,
+            )  # fmt: skip
             began = time.monotonic()
             refused, weight = "", 0.0
             try:

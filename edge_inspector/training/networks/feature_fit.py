@@ -21,7 +21,7 @@ from edge_inspector.bundles import InputSpec
 from edge_inspector.errors import TrainingError
 from edge_inspector.preprocess import Window
 from edge_inspector.training import export
-from edge_inspector.training.data import Pictures, load_tiles
+from edge_inspector.training.data import MIN_PICTURES, Pictures, load_tiles
 from edge_inspector.training.networks import Fitted
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks.backbone import Backbone
@@ -379,8 +379,12 @@ class FeatureAnogan:
         return {group: Drawing.loaded(state["drawing"]) for group, state in states.items()}
 
 
-def _material(material: Material, crossed: CrossFit, weighing: Weighing, surveyed: Pictures, folds: int) -> teaching.Material:
-    """What the bundle can be taught from: of pictures that are whole here, and defects drawn into them."""
+def _material(
+    material: Material, crossed: CrossFit, weighing: Weighing, surveyed: Pictures, folds: int
+) -> teaching.Material | None:
+    """What the bundle can be taught from: of pictures that are whole here, and defects drawn into them; None: of too few."""
+    if material.whole.sum() < MIN_PICTURES:
+        return None
     whole = material.whole[material.picture]
     number = np.cumsum(material.whole) - 1
     spoiled = np.repeat(whole, WITHHELD) & crossed.visible.numpy()

@@ -165,10 +165,9 @@ class _Lesson:
 
     def _limit(self, scores: Sequence[float], wish: scoring.Wish) -> scoring.Promise:
         """What keeps a wish among all good parts, and among those that were shown: these are what comes from now on."""
-        new = scores[len(scores) - self.new :]
-        if len(new) < wish.needed:
-            return scoring.promise(scores, wish)
-        return scoring.promise(scores, wish, scoring.promise(new, wish).threshold)
+        new, left_out = scores[len(scores) - self.new :], len(self.manifest.pictures.left_out)
+        own = scoring.promise(new, wish).threshold if len(new) >= wish.needed else 0.0
+        return scoring.promise(scores, wish, own, left_out)
 
     def _say_new(self) -> None:
         """The rates of good parts like those that were shown."""
