@@ -118,7 +118,8 @@ class Trends:
             text = (
                 f"{camera}, {roi}, bundle {bundle}: the median score of the last {drift.parts} parts is {drift.median:.3g}; of "
                 f"{drift.calibrated} good parts at calibration it was {drift.quartiles[1]:.3g}, and a quarter "
-                f"{'above' if drift.shift > 0 else 'below'} {side:.3g}: light, focus or parts have changed"
+                f"{'above' if drift.shift > 0 else 'below'} {side:.3g}: light, focus or parts have changed. "
+                "Where the parts are good all the same: edge-inspector teach BUNDLE --good PICTURES"
             )
             causes.append(Cause(code="score_drift", severity="off_spec", thing=f"{self._station}/{camera}", text=text))
         return causes

@@ -260,20 +260,7 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
         export.write(drawing, (torch.zeros(1, latent),), part / bundles.GENERATOR, ["latent"], ["picture"])
     parity = export.parity(graph, part / bundles.NETWORK, tiles)
     cost = export.cost(graph, part / bundles.NETWORK, tiles[:1])
-    manifest = _draft(order, surveyed, spec).model_copy(
-        update={
-            "calibration": Calibration(
-                n=promise.n, alpha=promise.alpha, confidence=promise.wish.confidence, kept=promise.kept,
-                scores=tuple(sorted(good)), method=fitted.method, review=promise.review,
-            ),
-            "rates": Rates(
-                asked="at_most" if promise.wish.sure else "expected", wish=promise.wish.rate, expected=promise.expected,
-                at_most=promise.at_most, needed=promise.wish.needed, found=found and found.here,
-                found_at_half=found and found.at_half, found_at_twice=found and found.at_twice,
-            ),
-            "threshold": promise.threshold, "scale": scale,
-        }
-    )  # fmt: skip
+    manifest = _calibrated(_draft(order, surveyed, spec), promise, good, found, fitted.method, scale)
     ascending = [i for i in np.argsort(scores) if known[i]]
     ranked = [surveyed.paths[i] for i in ascending]
     rests = _rests_on(ranked, sorted(good), (fitted.drawn / scale).tolist(), promise)
@@ -301,6 +288,23 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
     part.rename(order.out)
     run.remove()
     return Trained(order.out, promise, found, surveyed.remarks, fitted.notes, limit, parity, identity)
+
+
+def _calibrated(
+    draft: Manifest, promise: scoring.Promise, good: list[float], found: scoring.Found | None, method: str, scale: float
+) -> Manifest:
+    """The manifest with its threshold and what that promises and costs."""
+    calibration = Calibration(
+        n=promise.n, alpha=promise.alpha, confidence=promise.wish.confidence, kept=promise.kept,
+        scores=tuple(sorted(good)), method=method, review=promise.review,
+    )  # fmt: skip
+    rates = Rates(
+        asked="at_most" if promise.wish.sure else "expected", wish=promise.wish.rate, expected=promise.expected,
+        at_most=promise.at_most, needed=promise.wish.needed, found=found and found.here,
+        found_at_half=found and found.at_half, found_at_twice=found and found.at_twice,
+    )  # fmt: skip
+    told = {"calibration": calibration, "rates": rates, "threshold": promise.threshold, "scale": scale}
+    return draft.model_copy(update=told)
 
 
 def _rests_on(ranked: Sequence[Path], good: list[float], drawn: list[float], promise: scoring.Promise) -> Iterator[str]:
