@@ -19,6 +19,7 @@ from edge_inspector.bundles import Bundle
 from edge_inspector.cameras.synthetic import draw_part
 from edge_inspector.errors import InspectorError, TrainingError
 from edge_inspector.results import Verdict
+from edge_inspector.roi import Rectangle, Roi
 from edge_inspector.runtime import OnnxEngine, judge_samples
 from edge_inspector.runtime.engine import picture_score
 
@@ -276,6 +277,33 @@ def test_the_command_teaches_without_pytorch(school: Path, tmp_path: Path) -> No
     assert told["bundle"] == str(out)
     assert told["changes"][0]["after"]["of"] == 8
     assert (tmp_path / "taught.teach" / "about.json").exists()
+
+
+def test_tiles_of_a_region_with_an_int8_backbone_are_taught_from_whole_frames(tmp_path: Path) -> None:
+    def framed(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.pad(image, ((10, 6), (20, 4), (0, 0)))
+
+    good = folder(tmp_path / "good", [framed(part(number)) for number in range(40)])
+    signatures.create_key(tmp_path / "keys" / "signing.key", tmp_path / "trust")
+    key = signatures.read_private_key(tmp_path / "keys" / "signing.key")
+    roi = Roi(rectangle=Rectangle(x_px=20, y_px=10, w_px=SIDE, h_px=SIDE))
+    family = replace(SMALL, steps=20, int8=True)
+    trained = orders.train(
+        orders.Order(folder=good, out=tmp_path / "disc", product="disc", name="disc", key=key, family=family, roi=roi, tile=48)
+    )
+    shown = folder(tmp_path / "d", [framed(dulled(number, 40)) for number in range(6)])
+    more = folder(tmp_path / "g", [framed(part(number)) for number in range(2000, 2006)])
+    learned = teach(ask(tmp_path, tmp_path / "out", defects=shown, good=more, accept_loss=True))
+    bundle = opened(tmp_path, learned.folder)
+    assert bundle.manifest.pictures.region == opened(tmp_path, trained.folder).manifest.pictures.region == roi
+    assert learned.promise.n == 46
+    assert "6 good parts say no rate of their own: 13 more" in learned.notes[0]
+    with OnnxEngine(bundle) as engine:
+        judge_samples(engine)
+    for image in [pictures.read(path) for path in sorted(learned.folder.glob("sample-*.png"))]:
+        assert image.shape == (SIDE, SIDE, 3), "samples are what is judged"
+    with pytest.raises(TrainingError, match="000 in --good is known already: 000"):
+        teach(ask(tmp_path, tmp_path / "again", good=folder(tmp_path / "k", [framed(part(0))])))
 
 
 def test_a_lesson_that_would_lose_drawn_defects_asks_first(

@@ -82,8 +82,13 @@ class Tiles:
             return []
         a, b = (tiles.late[:, :, ::2, ::2].reshape(len(tiles), -1).astype(np.float32) for tiles in (self, other))
         apart = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
-        here, there = np.nonzero(apart < _COPY * (b**2).sum(1))
-        return sorted({(int(self.picture[i]), int(other.picture[j])) for i, j in zip(here, there, strict=True)})
+        alike = apart < _COPY * (b**2).sum(1)
+        found = []
+        for picture in range(self.pictures):
+            rows = alike[self.picture == picture]  # an empty corner may look like another's: every tile must be there
+            matched = set.intersection(*(set(other.picture[row].tolist()) for row in rows))
+            found += [(picture, there) for there in sorted(matched)]
+        return found
 
     def and_(self, other: Tiles) -> Tiles:
         """These, then others."""
