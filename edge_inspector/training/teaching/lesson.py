@@ -255,7 +255,7 @@ class _Lesson:
             lost = f"{best.share:.0%} of drawn defects instead of {self.taught.without.share:.0%}"
             return f"{gained} more of {k} would be found, but only {lost}", hint
         if k == 1:
-            return "one picture, and drawn defects would be found less well with it", hint
+            return "one picture counts little, and it would still pass, or other defects would be lost", hint
         return "what they have in common, good parts have as well, or they have nothing in common", hint
 
     def written(self, work: Path) -> Learned:
