@@ -28,6 +28,7 @@ from edge_inspector.training.teaching.shown import Shown, Tick, region_of, shown
 TRAINED_REPORT = "report-trained.html"
 _CLEAR, _MOST_SAMPLES = 1.05, 7
 """A defect becomes a sample where it lies clearly above the threshold."""
+_ODDEST = 3
 _LIKE_GOOD = 1.1
 """Scores of good parts have the median 1."""
 _PARITY = 0.02
@@ -232,12 +233,17 @@ class _Lesson:
                 raise TrainingError(f"nothing was learned of these defects: {why[0]}", hint=why[1])
             self.notes.append(f"nothing was learned of these defects: {why[0]}")
         lost = self.found_before - self.chosen.share
-        if lost > _LOSS and not self.order.accept_loss:
+        if self.good is not None and lost > _LOSS and not self.order.accept_loss:
             raise TrainingError(
                 f"{self.found_before:.0%} of drawn defects are found now, {self.chosen.share:.0%} would be: "
-                "parts as different as these good ones must not be rejected any more",
-                hint="are they really good? If so, and you accept that: --accept-loss",
+                f"parts as different as these good ones must not be rejected any more, the oddest are {self._oddest(self.good)}",
+                hint="are they really good? If not, take them out. If so, and you accept that: --accept-loss",
             )
+
+    def _oddest(self, good: Shown) -> str:
+        """Names of shown good parts that score highest."""
+        scores = self.chosen.good[-self.new :]
+        return ", ".join(good.names[i] for i in np.argsort(scores)[: -_ODDEST - 1 : -1])
 
     def _why_nothing(self, bad: Shown) -> tuple[str, str]:
         """Reason and hint."""
