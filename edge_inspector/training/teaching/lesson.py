@@ -234,9 +234,10 @@ class _Lesson:
             self.notes.append(f"nothing was learned of these defects: {why[0]}")
         lost = self.found_before - self.chosen.share
         if self.good is not None and lost > _LOSS and not self.order.accept_loss:
+            now, then, odd = self.found_before, self.chosen.share, self._oddest(self.good)
             raise TrainingError(
-                f"{self.found_before:.0%} of drawn defects are found now, {self.chosen.share:.0%} would be: "
-                f"parts as different as these good ones must not be rejected any more, the oddest are {self._oddest(self.good)}",
+                f"{now:.0%} of drawn defects are found now, {then:.0%} would be: parts as different as these good ones "
+                f"must not be rejected any more, the oddest are {odd}",
                 hint="are they really good? If not, take them out. If so, and you accept that: --accept-loss",
             )
 
