@@ -210,7 +210,10 @@ def test_a_threshold_that_some_parts_need_has_the_rates_that_it_has_among_all() 
 def test_parts_that_are_left_out_count_as_rejected_ones(sure: bool, scores: list[float], count: int) -> None:
     """As if they had scored higher than all others; only where the threshold would be one of theirs is it the largest left."""
     wish = Wish(0.1, sure=sure)
-    said, whole = scoring.promise(scores, wish, rejected=count), scoring.promise([*scores, *(100.0 + n for n in range(count))], wish)
+    said, whole = (
+        scoring.promise(scores, wish, rejected=count),
+        scoring.promise([*scores, *(100.0 + n for n in range(count))], wish),
+    )
     assert said.n == whole.n
     if whole.threshold < 100:
         assert said == whole

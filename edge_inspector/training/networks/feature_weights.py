@@ -23,6 +23,7 @@ defects, so they would always ask for more of it than real ones do: they choose 
 _CLEARLY = 0.03
 """AUROC by which drawn defects must be told better without a residual for it to be left out: they are not real ones."""
 
+
 def tensors(usual: Usual) -> tuple[Tensor, Tensor]:
     """Its mean and spread, [T, h, w]."""
     return torch.from_numpy(usual.mean), torch.from_numpy(usual.spread)
