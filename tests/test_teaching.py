@@ -29,7 +29,7 @@ import onnx  # noqa: E402
 
 from edge_inspector.training import orders  # noqa: E402
 from edge_inspector.training.networks.feature_fit import FeatureAnogan  # noqa: E402
-from edge_inspector.training.teaching import lesson, material  # noqa: E402
+from edge_inspector.training.teaching import defects, lesson, material  # noqa: E402
 from edge_inspector.training.teaching.lesson import Order, teach  # noqa: E402
 from edge_inspector.training.teaching.network import Network  # noqa: E402
 
@@ -125,6 +125,16 @@ def test_what_was_taught_can_be_taught_further_and_stays_one_term(school: Path, 
     assert [node.name for node in graph.node].count("lesson/fused") == 1
     with pytest.raises(TrainingError, match="taught before: 000"):
         teach(ask(school, tmp_path / "four", bundle=tmp_path / "three", defects=first))
+
+
+def test_a_lesson_never_drops_an_earlier_one_in_silence(school: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teach(ask(school, tmp_path / "two", defects=folder(tmp_path / "d", [dulled(number) for number in range(8)])))
+    more = folder(tmp_path / "g", [part(number) for number in range(2800, 2804)])
+    kept = teach(ask(school, tmp_path / "three", bundle=tmp_path / "two", good=more))
+    assert kept.weight > 0
+    monkeypatch.setattr(defects, "WEIGHTS", ())
+    with pytest.raises(TrainingError, match="was taught before would be lost"):
+        teach(ask(school, tmp_path / "four", bundle=tmp_path / "two", good=more))
 
 
 def test_good_parts_under_another_lamp_pass_afterwards(school: Path, tmp_path: Path) -> None:

@@ -232,6 +232,12 @@ class _Lesson:
             if self.good is None:
                 raise TrainingError(f"nothing was learned of these defects: {why[0]}", hint=why[1])
             self.notes.append(f"nothing was learned of these defects: {why[0]}")
+        earlier = self.manifest.taught
+        if earlier is not None and earlier.weight and not self.chosen.weight:
+            raise TrainingError(
+                "what this release was taught before would be lost",
+                hint="show fewer good parts that look like the defects taught before, or teach the release before it",
+            )
         lost = self.found_before - self.chosen.share
         if self.good is not None and lost > _LOSS and not self.order.accept_loss:
             now, then, odd = self.found_before, self.chosen.share, self._oddest(self.good)
