@@ -46,11 +46,15 @@ class Pictures:
 
     def folds(self, count: int) -> NDArray[np.intp]:
         """The fold of each picture, 0 to count - 1, whole runs of names together."""
-        runs = np.array_split(np.arange(len(self.paths)), min(BLOCKS, len(self.paths) // 2))
-        fold = np.empty(len(self.paths), np.intp)
-        for number, run in enumerate(runs):
-            fold[run] = number % count
-        return fold
+        return folds_of(len(self.paths), count)
+
+
+def folds_of(pictures: int, count: int) -> NDArray[np.intp]:
+    """The fold of each of some pictures in name order, 0 to count - 1: runs of neighbours are in one fold."""
+    fold = np.empty(pictures, np.intp)
+    for number, run in enumerate(np.array_split(np.arange(pictures), min(BLOCKS, max(1, pictures // 2)))):
+        fold[run] = number % count
+    return fold
 
 
 def survey(

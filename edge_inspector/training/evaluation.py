@@ -199,13 +199,17 @@ def mask_of(folder: Path, kind: str, path: Path) -> NDArray[np.uint8] | None:
 
     Raises PictureError for one that cannot be read.
     """
-    truth = folder / "ground_truth" / kind
+    return mask_beside(folder / "ground_truth" / kind, path)
+
+
+def mask_beside(place: Path, path: Path) -> NDArray[np.uint8] | None:
+    """The mask of a picture in a folder of masks: NAME_mask.* or NAME.*. Raises PictureError."""
     names = [f"{path.stem}_mask", path.stem]
-    found = [other for name in names for other in sorted(truth.glob(f"{escape(name)}.*")) if pictures.is_picture(other)]
-    return mask_in(found[0]) if found else None
+    found = [other for name in names for other in sorted(place.glob(f"{escape(name)}.*")) if pictures.is_picture(other)]
+    return _mask(found[0]) if found else None
 
 
-def mask_in(path: Path) -> NDArray[np.uint8]:
+def _mask(path: Path) -> NDArray[np.uint8]:
     """A picture of a mask -> [H, W] of 0 and 1. Raises PictureError.
 
     From half of white on a pixel is defect, so that noise of JPEG and soft edges are not; numbers of classes count all.

@@ -6,9 +6,11 @@ Plain arrays of features and maps, and about.json. The bundle's manifest holds i
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from edge_inspector.training.normals import Floats
 MOST_BYTES = 400_000_000
 """Of backbone outputs of good parts that are kept, evenly; of drawn defects a quarter of it."""
 _ABOUT, _MOST_ABOUT = "about.json", 4 << 20
+_GROUPS = ("good", "drawn", "taught")
 _COPY = 1e-5
 """Features of a copy differ by less, as a share of their square."""
 
@@ -130,11 +133,11 @@ class Material:
         """Write it into a new folder; returns its digest."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        for group in ("good", "drawn", "taught"):
+        for group in _GROUPS:
             for field in fields(Tiles):
                 np.save(folder / f"{group}-{field.name}.npy", getattr(getattr(self, group), field.name))
         (folder / _ABOUT).write_text(self.about.model_dump_json() + "\n")
-        return _digest(folder)
+        return _digest({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
 
 
 def beside(bundle: Path) -> Path:
@@ -155,22 +158,23 @@ def opened(bundle: Path, digest: str | None) -> Material:
             hint="teach on the machine that trained it, or copy that folder from there; else train again",
         )
     try:
-        if _digest(folder) != digest:
+        read = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}  # what is hashed is what is used
+        if _digest(read) != digest:
             raise TrainingError(f"{folder}: is not what was left beside this bundle", hint="copy the folder again, whole")
-        data = (folder / _ABOUT).read_bytes()
-        about = validate(About, read_json(data, str(folder / _ABOUT), _MOST_ABOUT), str(folder / _ABOUT))
-        groups = [
-            Tiles(*(np.load(folder / f"{group}-{field.name}.npy", allow_pickle=False) for field in fields(Tiles)))
-            for group in ("good", "drawn", "taught")
-        ]
+        about = validate(About, read_json(read[_ABOUT], str(folder / _ABOUT), _MOST_ABOUT), str(folder / _ABOUT))
+        groups = [Tiles(*(_array(read.pop(f"{group}-{field.name}.npy")) for field in fields(Tiles))) for group in _GROUPS]
     except (OSError, ValueError) as error:
         raise TrainingError(f"{folder}: cannot be read: {error}", hint="copy the folder again, whole") from error
     return Material(about, *groups)
 
 
-def _digest(folder: Path) -> str:
-    """Over names and contents of its files."""
+def _array(data: bytes) -> Any:
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _digest(read: dict[str, bytes]) -> str:
+    """Over names and contents of its files, in the order of names."""
     whole = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        whole.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    for name, data in read.items():
+        whole.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
     return whole.hexdigest()

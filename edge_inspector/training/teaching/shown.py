@@ -17,13 +17,11 @@ from edge_inspector.errors import TrainingError
 from edge_inspector.frames import Pixels
 from edge_inspector.preprocess import FormatError
 from edge_inspector.roi import Roi
-from edge_inspector.training.data import cut
-from edge_inspector.training.evaluation import mask_in
+from edge_inspector.training.data import cut, folds_of
+from edge_inspector.training.evaluation import mask_beside
 from edge_inspector.training.teaching.material import Tiles
 from edge_inspector.training.teaching.network import BATCH, Network
 
-_FOLDS = 60
-"""Good pictures are given to folds in so many runs of neighbours, as in training."""
 Tick = Callable[[str, int, int], None]
 
 
@@ -81,7 +79,7 @@ def shown(folder: Path, bundle: Bundle, network: Network, folds: int, masks: Pat
     counts = [len(seen[0]) for seen in seen_all]
     early, late, maps, judged, marked = (np.concatenate(parts) for parts in zip(*seen_all, strict=True))
     picture = np.repeat(np.arange(len(counts)), counts)
-    fold = _folds(len(counts), folds)[picture] if folds else np.full(len(picture), -1)
+    fold = folds_of(len(counts), folds)[picture] if folds else np.full(len(picture), -1)
     tiles = Tiles(early.astype(np.float16), late.astype(np.float16), maps, judged, fold, picture)
     return Shown(paths, told, tuple(_kind(path, folder) for path in paths), tiles, marked)
 
@@ -118,15 +116,13 @@ def _mask_of(path: Path, folder: Path, masks: Path | None) -> NDArray[np.uint8] 
     if masks is None:
         return None
     place = (masks / path.relative_to(folder)).parent
-    names = (f"{path.stem}_mask", path.stem)
-    for name in names:
-        for other in sorted(place.glob("*")) if place.is_dir() else ():
-            if other.stem == name:
-                return mask_in(other)
-    raise TrainingError(
-        f"{pictures.printable(place)}: no mask for {pictures.printable(path.name)}",
-        hint=f"call it {names[0]}.png, or give no --masks: without them it works nearly as well",
-    )
+    mask = mask_beside(place, path)
+    if mask is None:
+        raise TrainingError(
+            f"{pictures.printable(place)}: no mask for {pictures.printable(path.name)}",
+            hint=f"call it {path.stem}_mask.png, or give no --masks: without them it works nearly as well",
+        )
+    return mask
 
 
 def _cut(mask: NDArray[np.uint8], plan: preprocess.Plan, path: Path) -> NDArray[np.uint8]:
@@ -145,14 +141,6 @@ def _cut(mask: NDArray[np.uint8], plan: preprocess.Plan, path: Path) -> NDArray[
         share = cv2.resize(part.astype(np.float32), (tile.width, tile.height), interpolation=cv2.INTER_AREA)
         target[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width] = share > 0
     return out
-
-
-def _folds(count: int, folds: int) -> NDArray[np.intp]:
-    """Runs of neighbours, which may be of one minute or sheet, are in one fold."""
-    fold = np.empty(count, np.intp)
-    for number, run in enumerate(np.array_split(np.arange(count), min(_FOLDS, max(1, count // 2)))):
-        fold[run] = number % folds
-    return fold
 
 
 def _kind(path: Path, folder: Path) -> str:
