@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edge_inspector import pictures, preprocess
+from edge_inspector import preprocess
 from edge_inspector.bundles import InputSpec
 from edge_inspector.errors import TrainingError
 from edge_inspector.preprocess import Window
 from edge_inspector.training import export
-from edge_inspector.training.data import MIN_PICTURES, Pictures, load_tiles
+from edge_inspector.training.data import Pictures, load_tiles
 from edge_inspector.training.networks import Fitted
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks.backbone import Backbone
@@ -31,23 +30,21 @@ from edge_inspector.training.networks.feature_material import (
     WITHHELD,
     Extractor,
     Material,
-    Store,
     gathered,
     parts,
 )
 from edge_inspector.training.networks.feature_residuals import Residuals, moments, rows_of, sampled
 from edge_inspector.training.networks.feature_weights import (
-    CrossFit,
     Weighing,
     cross_fit,
     score_of,
     tensors,
     term_maps,
+    to_teach_from,
     weighed,
 )
 from edge_inspector.training.normals import centres
 from edge_inspector.training.run import Run, key_of
-from edge_inspector.training.teaching import material as teaching
 
 _BATCH = 8
 _ROWS, _ROW_BATCH, _TILES, _NEAR = 120_000, 1024, 128, 0.05
@@ -285,7 +282,7 @@ class FeatureAnogan:
             graph, scores, crossed.scores(weighing.weights, spoiled=True),
             f"cross-fitted: each part by networks fitted without its fold, one of {self.folds}",
             {"drawn_defects_auroc": weighing.auroc, "steps": settings.steps}, self._notes(weighing, material),
-            material=_material(material, crossed, weighing, surveyed, self.folds) if run.first else None,
+            material=to_teach_from(material, crossed, weighing, surveyed, self.folds) if run.first else None,
             sheets="Parts with drawn defects, and the anomaly maps of networks that knew neither the parts nor such defects.",
         )  # fmt: skip
 
@@ -377,33 +374,6 @@ class FeatureAnogan:
                     run.drop(f"{_name(group)}-{stage}")
             run.stop_if_asked()
         return {group: Drawing.loaded(state["drawing"]) for group, state in states.items()}
-
-
-def _material(
-    material: Material, crossed: CrossFit, weighing: Weighing, surveyed: Pictures, folds: int
-) -> teaching.Material | None:
-    """What the bundle can be taught from: of pictures that are whole here, and defects drawn into them; None: of too few."""
-    if material.whole.sum() < MIN_PICTURES:
-        return None
-    whole = material.whole[material.picture]
-    number = np.cumsum(material.whole) - 1
-    spoiled = np.repeat(whole, WITHHELD) & crossed.visible.numpy()
-
-    def tiles(store: Store, rows: NDArray[np.bool_], maps: Tensor, origin: NDArray[np.intp]) -> teaching.Tiles:
-        fold = material.fold[origin]
-        picture = number[material.picture[origin]] if store is material.good else np.arange(len(origin))
-        early, late = store.early.numpy()[rows], store.late.numpy()[rows]
-        seen = crossed.raw(maps, fold, weighing.used)
-        return teaching.Tiles(early, late, seen, material.judged.numpy()[origin], fold, picture)
-
-    rows = np.arange(len(whole))
-    good = tiles(material.good, whole, crossed.good[whole], rows[whole])
-    drawn = tiles(material.withheld, spoiled, crossed.withheld[spoiled], np.repeat(rows, WITHHELD)[spoiled])
-    paths = [path for path, kept in zip(surveyed.paths, material.whole, strict=True) if kept]
-    names = pictures.part_names(paths, Path(os.path.commonpath([path.parent for path in paths])))
-    weights = tuple(weighing.weights[term] for term in weighing.used)
-    about = teaching.About(terms=weighing.terms, weights=weights, folds=folds, good=names)
-    return teaching.Material(about, good, drawn, good.none()).bounded()
 
 
 @torch.no_grad()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,10 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from edge_inspector import scoring
+from edge_inspector import pictures, scoring
+from edge_inspector.training.data import MIN_PICTURES, Pictures
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks.feature_material import COVERED, WITHHELD, Material, Store, parts
 from edge_inspector.training.normals import Floats, Usual
+from edge_inspector.training.teaching import material as teaching
 
 Weights = tuple[float, float, float]
 """Of TERMS."""
@@ -124,6 +128,33 @@ def weighed(crossed: CrossFit) -> Weighing:
     }
     chosen = preferred(found)
     return Weighing(chosen, found[chosen], found)
+
+
+def to_teach_from(
+    material: Material, crossed: CrossFit, weighing: Weighing, surveyed: Pictures, folds: int
+) -> teaching.Material | None:
+    """What the bundle can be taught from: of pictures that are whole here, and defects drawn into them; None: of too few."""
+    if material.whole.sum() < MIN_PICTURES:
+        return None
+    whole = material.whole[material.picture]
+    number = np.cumsum(material.whole) - 1
+    spoiled = np.repeat(whole, WITHHELD) & crossed.visible.numpy()
+
+    def tiles(store: Store, rows: NDArray[np.bool_], maps: Tensor, origin: NDArray[np.intp]) -> teaching.Tiles:
+        fold = material.fold[origin]
+        picture = number[material.picture[origin]] if store is material.good else np.arange(len(origin))
+        early, late = store.early.numpy()[rows], store.late.numpy()[rows]
+        seen = crossed.raw(maps, fold, weighing.used)
+        return teaching.Tiles(early, late, seen, material.judged.numpy()[origin], fold, picture)
+
+    rows = np.arange(len(whole))
+    good = tiles(material.good, whole, crossed.good[whole], rows[whole])
+    drawn = tiles(material.withheld, spoiled, crossed.withheld[spoiled], np.repeat(rows, WITHHELD)[spoiled])
+    paths = [path for path, kept in zip(surveyed.paths, material.whole, strict=True) if kept]
+    names = pictures.part_names(paths, Path(os.path.commonpath([path.parent for path in paths])))
+    weights = tuple(weighing.weights[term] for term in weighing.used)
+    about = teaching.About(terms=weighing.terms, weights=weights, folds=folds, good=names)
+    return teaching.Material(about, good, drawn, good.none()).bounded()
 
 
 @torch.no_grad()
