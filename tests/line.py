@@ -201,7 +201,8 @@ class Listener:
                     "desired",
                     "confirm",
                 ):  # said by tests
-                    self.heard.append((levels, json.loads(event.payload)))
+                    taken_back = not event.payload
+                    self.heard.append((levels, {} if taken_back else json.loads(event.payload)))
 
     def of(self, *levels: str) -> list[dict[str, Any]]:
         self.pump()

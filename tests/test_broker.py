@@ -220,12 +220,14 @@ def test_what_is_taken_back_is_gone_from_the_broker_and_from_memory(
     levels = ("bundle", "glass", "reported")
     broker.retain(BundleReported(bundle="glass", source="local", release=1, good_release=1, seen=1), *levels)
     topic = TOPICS.of(*levels)
-    until(lambda: topic in broker._told, what="told")
-    broker.forget(*levels)
-    until(lambda: topic not in broker._retained, what="forgotten")
-    with listening(mosquitto.port) as listener:
-        until(lambda: listener.of("head"), what="what is retained")
-        assert not listener.of("bundle")
+    with listening(mosquitto.port) as before:
+        until(lambda: before.of(*levels), what="told")
+        broker.forget(*levels)
+        until(lambda: {} in before.of(*levels), what="taken back")
+    assert topic not in broker._retained
+    with listening(mosquitto.port, client="later") as later:
+        until(lambda: later.of("head"), what="what is retained")
+        assert not later.of("bundle")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
