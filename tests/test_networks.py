@@ -26,7 +26,7 @@ from edge_inspector.training.networks import feature_fit as fitting  # noqa: E40
 from edge_inspector.training.networks import feature_weights as weights  # noqa: E402
 from edge_inspector.training.networks.backbone import Backbone  # noqa: E402
 from edge_inspector.training.networks.fanogan_fit import Fanogan, Fitter  # noqa: E402
-from edge_inspector.training.normals import Usual  # noqa: E402
+from edge_inspector.training.normals import Prototypes, Usual  # noqa: E402
 from edge_inspector.training.run import Run  # noqa: E402
 
 SMALL = fitting.FeatureAnogan(side=64, prototypes=64, steps=30)
@@ -123,19 +123,40 @@ def test_the_gaussian_is_mahalanobis_with_a_mean_for_each_place() -> None:
     assert found[1, 0, 6, 3].item() == pytest.approx((away @ factor[3, 1]).norm().item(), rel=1e-4)
 
 
-def test_the_bank_is_the_distance_to_the_nearest_prototype() -> None:
-    generator = torch.Generator().manual_seed(0)
-    prototypes = torch.randn(20, networks.DEPTH, generator=generator)
-    f = torch.randn(2, networks.DEPTH, 3, 5, generator=generator)
-    found = networks.Bank(prototypes)(f)
-    assert found[1, 0, 2, 4].item() == pytest.approx((prototypes - f[1, :, 2, 4]).norm(dim=1).min().item(), rel=1e-4)
+def prototypes_of(rows: np.ndarray, count: int) -> Prototypes:
+    return Prototypes.of(rows, count, np.random.default_rng(0))
+
+
+def test_the_bank_is_the_distance_to_the_nearest_prototype_by_how_far_apart_these_lie() -> None:
+    rng = np.random.default_rng(0)
+    stretched = np.linspace(0.1, 9.0, networks.DEPTH, dtype=np.float32)
+    rows = rng.standard_normal((3000, networks.DEPTH), np.float32) * stretched + 5
+    prototypes = prototypes_of(rows, 40)
+    f = rng.standard_normal((2, networks.DEPTH, 3, 5), np.float32) * stretched[:, None, None] + 5
+    found = networks.Bank(prototypes.convolutions())(torch.from_numpy(f))
+    covariance = np.cov(rows.T, bias=True) + 0.05 * np.eye(networks.DEPTH)
+    place = (f[1, :, 2, 4] - rows.mean(0)) @ np.linalg.inv(np.linalg.cholesky(covariance)).T
+    apart = np.linalg.norm(prototypes.whitened[:, None] - prototypes.whitened, axis=2)
+    spacing = np.sort(apart, 1)[:, 1:10].mean(1)
+    expected = (np.linalg.norm(prototypes.whitened - place, axis=1) / spacing).min()
+    assert found[1, 0, 2, 4].item() == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_parts_own_prototype_is_no_matter_of_rounding() -> None:
-    prototypes = 9 * torch.randn(20, networks.DEPTH, generator=torch.Generator().manual_seed(0))
-    bank, own = networks.Bank(prototypes), prototypes.T.reshape(1, networks.DEPTH, 4, 5)
-    assert torch.equal(bank(own), torch.ones(1, 1, 4, 5))
-    assert torch.equal(bank(own * (1 + 1e-5)), torch.ones(1, 1, 4, 5))
+    rows = 9 * np.random.default_rng(0).standard_normal((500, networks.DEPTH)).astype(np.float32)
+    bank = networks.Bank(prototypes_of(rows, 500).convolutions())
+    own = torch.from_numpy(rows[:20].T.reshape(1, networks.DEPTH, 4, 5).copy())
+    at_prototypes = bank(own)
+    assert torch.equal(at_prototypes, at_prototypes[0, 0, 0, 0].expand(1, 1, 4, 5))
+    assert torch.equal(bank(own * (1 + 1e-5)), at_prototypes)
+
+
+@pytest.mark.parametrize("rows", [np.zeros((50, networks.DEPTH)), np.ones((1, networks.DEPTH))], ids=["all alike", "one"])
+def test_a_bank_of_features_that_never_vary_still_measures(rows: np.ndarray) -> None:
+    bank = networks.Bank(prototypes_of(rows.astype(np.float32), 20).convolutions())
+    same, other = torch.from_numpy(rows[:1].astype(np.float32))[:, :, None, None], torch.full((1, networks.DEPTH, 1, 1), 3.0)
+    assert torch.isfinite(bank(other)).all()
+    assert bank(other) > bank(same)
 
 
 def test_a_term_is_left_out_where_drawn_defects_are_clearly_told_better_without() -> None:

@@ -157,8 +157,8 @@ def test_good_parts_under_another_lamp_pass_afterwards(school: Path, tmp_path: P
 def test_a_network_with_its_own_residuals_computes_what_it_did(school: Path) -> None:
     network = Network.of(opened(school, school / "disc").read(bundles.NETWORK), "disc")
     same, other = network.with_residuals(network.residuals), network.residuals
-    assert other.prototypes is not None
-    moved = network.with_residuals(replace(other, prototypes=other.prototypes + 1))
+    assert other.bank is not None
+    moved = network.with_residuals(replace(other, bank={**other.bank, "shift": other.bank["shift"] + 1}))
     image = np.stack([part(1)[:, :, ::-1], part(2)[:, :, ::-1]])
     maps = [one.between(["image"], ["maps"])(image)[0] for one in (network, same, moved)]
     np.testing.assert_allclose(maps[1], maps[0], rtol=1e-3, atol=1e-3)

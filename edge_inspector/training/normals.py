@@ -18,6 +18,9 @@ _RIDGE = 0.05
 _SHARED = 100
 """Good tiles that the spread of all places together counts for, beside a place's own."""
 _SKETCH = 64
+_NEIGHBOURS = 9
+_CLOSEST = 1.0
+"""Prototypes that lie closer together than this, whitened, count as this far apart."""
 
 Floats = NDArray[np.float32]
 
@@ -96,9 +99,9 @@ def ridged(covariance: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def whitening(covariance: NDArray[np.floating]) -> Floats:
-    """W with W W^T = (covariance + ridge I)^-1, for each of many covariances [N, C, C]."""
+    """W with W W^T = (covariance + ridge I)^-1, for each of many covariances [..., C, C]."""
     inverse = np.linalg.inv(np.linalg.cholesky(ridged(covariance)))
-    found: Floats = np.ascontiguousarray(inverse.transpose(0, 2, 1), np.float32)
+    found: Floats = np.ascontiguousarray(np.swapaxes(inverse, -1, -2), np.float32)
     return found
 
 
@@ -112,6 +115,45 @@ def centres(rows: Floats, count: int, rng: np.random.Generator) -> NDArray[np.in
         np.minimum(distance, squared - 2 * (sketch @ last) + last @ last, out=distance)
         chosen.append(int(distance.argmax()))
     return np.array(chosen)
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """Rows of features that stand for all, where every direction of the good parts' spread counts the same."""
+
+    whitening: Floats
+    """[C, C]"""
+    mean: Floats
+    """[C]"""
+    whitened: Floats
+    """[K, C]"""
+    spacing: Floats
+    """[K], how far apart they lie around each: what is far where good parts crowd is near where they are few."""
+
+    @staticmethod
+    def of(rows: Floats, count: int, rng: np.random.Generator) -> Prototypes:
+        """At most `count` of rows [n, C]."""
+        mean = rows.mean(0)
+        away = rows - mean
+        white = whitening(away.T @ away / len(rows))
+        whitened = away @ white
+        taken = whitened[centres(whitened, count, rng)]
+        squares = (taken**2).sum(1)
+        apart = np.sqrt(np.maximum(squares[:, None] + squares - 2 * taken @ taken.T, 0))
+        nearest = np.sort(apart, 1)[:, 1 : 1 + _NEIGHBOURS]
+        spacing = nearest.mean(1) if len(taken) > 1 else np.ones(1, np.float32)
+        return Prototypes(white, mean, taken, np.maximum(spacing, np.float32(_CLOSEST)))
+
+    def convolutions(self) -> dict[str, Floats]:
+        """Two 1x1 convolutions: `whitening`, `shift` give y of features; `kernel`, `level` give, of y and the sum of its
+        squares, the squared distance to each prototype in units of its spacing.
+        """
+        gain = self.spacing[:, None] ** -2
+        kernel = np.concatenate([-2 * self.whitened * gain, gain], 1)
+        return {
+            "whitening": self.whitening.T[:, :, None, None], "shift": -self.mean @ self.whitening,
+            "kernel": kernel[:, :, None, None], "level": (self.whitened**2).sum(1) * gain[:, 0],
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

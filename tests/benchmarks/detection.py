@@ -41,9 +41,11 @@ from edge_inspector.training.run import Run, key_of
 PROTOTYPES, SHARE, ROWS = 2048, 0.01, 60_000
 MAP_PX, BATCH = 256, 16
 SUMS = ((0, 0, 1), *(
-    (gaussian, bank, discriminator) for gaussian in (0, 1) for bank in (0, 0.5, 1) for discriminator in (0, 0.25, 0.5, 1) if gaussian + bank
+    (gaussian, bank, discriminator) for gaussian in (0, 0.5, 1) for bank in (0, 0.5, 1) for discriminator in (0, 0.25, 0.5, 1) if gaussian + bank
 ))  # fmt: skip
 """Weights of the terms for the ablation."""
+RATES = (0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5)
+"""Shares of good test parts rejected, of the curve of escapes."""
 SHOWN = ("flagship", "PaDiM", "PatchCore", "PatchCore 1 %")
 
 
@@ -80,7 +82,12 @@ def patchcore(heads: networks.Heads, material: Material, run: Run, count: int = 
         rows.append(f[torch.randperm(len(f), generator=run.seeded(7, int(part[0])))[:share]])
     every = torch.cat(rows)
     chosen = every[normals.centres(every.numpy(), min(count, len(every)), run.rng(8))]
-    return networks.Bank(chosen)
+
+    def apply(f: Tensor) -> Tensor:
+        nearest = torch.cdist(f.permute(0, 2, 3, 1).flatten(0, 2), chosen).amin(1)
+        return nearest.reshape(len(f), 1, *f.shape[2:])
+
+    return apply
 
 
 def elpv(kind: str, folder: Path) -> None:
@@ -213,8 +220,14 @@ def measured(folder: Path, seed: int, most: int, family: fitting.FeatureAnogan, 
         "set": folder.name, "seed": seed, "input": [spec.height, spec.width], "pictures": len(surveyed.paths),
         "terms": called(weighing.weights), "drawn_auroc": {called(c): value for c, value in weighing.tried.items()},
         "train_s": seconds, "train_cpu_s": cpu_s, "load": os.getloadavg()[0], "promise": promises,
-        "trivial": trivial.auroc(), "methods": {name: _figures(name, scores, maps, masks, good) for name in scores},
+        "curve": escapes(np.array(scores["flagship"]), good), "trivial": trivial.auroc(), "methods": {name: _figures(name, scores, maps, masks, good) for name in scores},
     }  # fmt: skip
+
+
+def escapes(scores: NDArray[np.float64], good: NDArray[np.bool_]) -> dict[str, float]:
+    """Share of defective parts that pass where the threshold rejects each of RATES of the good ones."""
+    thresholds = np.quantile(scores[good], 1 - np.array(RATES), method="higher")
+    return {str(rate): float((scores[~good] <= at).mean()) for rate, at in zip(RATES, thresholds, strict=True)}
 
 
 def _shrunk(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -81,5 +81,5 @@ class Residuals:
             self._material, self._material.good, others, _CORESET_ROWS,
             lambda raw: rows_of(networks.scaled(raw, mean, spread)),
         )  # fmt: skip
-        chosen = normals.centres(rows.numpy(), self._prototypes, self._run.rng(fold + 1, 1))
-        return networks.Bank(rows[chosen])
+        prototypes = normals.Prototypes.of(rows.numpy(), self._prototypes, self._run.rng(fold + 1, 1))
+        return networks.Bank(prototypes.convolutions())

@@ -21,7 +21,7 @@ from edge_inspector.training.teaching import material as teaching
 
 Weights = tuple[float, float, float]
 """Of TERMS."""
-CANDIDATES: tuple[Weights, ...] = ((1.0, 0.5, 0.5), (1.0, 0.0, 0.5), (0.0, 1.0, 0.5))
+CANDIDATES: tuple[Weights, ...] = ((0.5, 1.0, 0.5), (1.0, 0.0, 0.5), (0.0, 1.0, 0.5))
 """Weights that are tried, the usual ones first: residuals and the discriminator, as AnoGAN has it. D was trained on drawn
 defects, so they would always ask for more of it than real ones do: they choose between the residuals alone."""
 _CLEARLY = 0.03

@@ -18,6 +18,7 @@ from edge_inspector.training.normals import Floats
 INNER = ("early", "late", "features", "maps", "fused")
 """Tensors of the graph that lie between pixels and score: the backbone's at stride 8 and 16, what the terms see [N, C, h, w],
 the terms' smoothed maps [N, T, h, w], and their weighted sum [N, 1, h, w]."""
+_BANK = ("whitening", "shift", "kernel", "level")
 _LESSON = "lesson/"
 """Names of what teaching puts into a graph begin so."""
 BATCH = 8
@@ -43,8 +44,8 @@ class Residuals:
     """[C, h, w]"""
     whitening: Floats | None
     """[neighbourhoods, C, C]"""
-    prototypes: Floats | None
-    """[K, C]"""
+    bank: dict[str, Floats] | None
+    """As `Prototypes.convolutions` gives it."""
 
 
 class Network:
@@ -108,7 +109,7 @@ class Network:
         return Residuals(
             self._constant("heads.gaussian.mean")[0] if gaussian else None,
             self._constant(self.whitening()) if gaussian else None,
-            self._constant("heads.bank.kernel")[:, :, 0, 0] / np.float32(-2) if bank else None,
+            {name: self._constant(f"heads.bank.{name}") for name in _BANK} if bank else None,
         )
 
     def with_residuals(self, residuals: Residuals) -> Network:
@@ -117,9 +118,8 @@ class Network:
         if residuals.mean is not None and residuals.whitening is not None:
             changed.replace("heads.gaussian.mean", residuals.mean[None])
             changed.replace(changed.whitening(), residuals.whitening)
-        if residuals.prototypes is not None:
-            changed.replace("heads.bank.kernel", -2 * residuals.prototypes[:, :, None, None])
-            changed.replace("heads.bank.square", (residuals.prototypes**2).sum(1))
+        for name, value in (residuals.bank or {}).items():
+            changed.replace(f"heads.bank.{name}", value)
         return changed
 
     def with_usual(self, mean: Floats, gain: Floats) -> Network:

@@ -14,7 +14,7 @@ from operator import add
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_inspector.training.normals import Floats, Sums, Usual, centres, whitening
+from edge_inspector.training.normals import Floats, Prototypes, Sums, Usual, whitening
 from edge_inspector.training.teaching.defects import sums_of
 from edge_inspector.training.teaching.material import Material, Tiles
 from edge_inspector.training.teaching.network import Network, Residuals
@@ -80,9 +80,10 @@ def refitted(network: Network, material: Material, tick: Callable[[int, int], No
 
 def _fitted(held: Residuals, sums: Sums, rows: Floats) -> Residuals:
     """What a network holds, of other good parts."""
-    gaussian, bank = held.mean is not None, held.prototypes
-    prototypes = rows[centres(rows, len(bank), np.random.default_rng(0))] if bank is not None else None
-    return Residuals(sums.mean if gaussian else None, whitening(sums.covariance) if gaussian else None, prototypes)
+    gaussian, bank = held.mean is not None, held.bank
+    if bank is not None:
+        bank = Prototypes.of(rows, len(bank["level"]), np.random.default_rng(0)).convolutions()
+    return Residuals(sums.mean if gaussian else None, whitening(sums.covariance) if gaussian else None, bank)
 
 
 def _sampled(network: Network, good: Tiles) -> tuple[Floats, NDArray[np.intp]]:
