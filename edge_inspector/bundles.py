@@ -126,6 +126,14 @@ class PictureKind(TolerantModel):
     left_out: tuple[str, ...] = Field((), description="good parts that a person left out; they count as rejected")
 
 
+class BackboneUsed(TolerantModel):
+    """The pretrained network that a bundle's features come from."""
+
+    name: str
+    sha256: str = Field(description="of the file of its weights")
+    licence: str
+
+
 class Taught(TolerantModel):
     """What people have taught a release, beside what its parent knew."""
 
@@ -155,6 +163,7 @@ class Manifest(TolerantModel):
     samples: tuple[Sample, ...] = Field(min_length=1, max_length=32)
     training: TrainedOn
     pictures: PictureKind = PictureKind()
+    backbone: BackboneUsed | None = Field(None, description="none: a bundle of 0.1, or of a family that has none")
     material: str | None = Field(None, description="digest of BUNDLE.teach, which it can be taught from; none: it cannot")
     taught: Taught | None = Field(None, description="none: as it was trained")
     metrics: dict[str, float] = Field(default_factory=dict)

@@ -24,12 +24,13 @@ from edge_inspector.training.networks import anogan, fanogan  # noqa: E402
 from edge_inspector.training.networks import feature_anogan as networks  # noqa: E402
 from edge_inspector.training.networks import feature_fit as fitting  # noqa: E402
 from edge_inspector.training.networks import feature_weights as weights  # noqa: E402
-from edge_inspector.training.networks.backbone import Backbone  # noqa: E402
+from edge_inspector.training.networks.backbone import LITES, LiteBackbone  # noqa: E402
 from edge_inspector.training.networks.fanogan_fit import Fanogan, Fitter  # noqa: E402
 from edge_inspector.training.normals import Prototypes, Usual  # noqa: E402
 from edge_inspector.training.run import Run  # noqa: E402
 
 SMALL = fitting.FeatureAnogan(side=64, prototypes=64, steps=30)
+DEPTH = SMALL.source.taps.depth
 
 
 def folder(path: Path, count: int, size: tuple[int, int] = (64, 64)) -> Path:
@@ -100,7 +101,7 @@ def test_every_choice_of_terms_is_exported_to_the_same_figures(
     export.export(graph, tmp_path / "network.onnx", images[:1])
     assert export.parity(graph, tmp_path / "network.onnx", images) < 1e-4
     weights = onnx.load(str(tmp_path / "network.onnx")).graph.initializer
-    large = [w for w in weights if np.prod(w.dims) == 4 * 4 * networks.DEPTH**2]
+    large = [w for w in weights if np.prod(w.dims) == 4 * 4 * DEPTH**2]
     assert [w.data_type for w in large] == [onnx.TensorProto.FLOAT16] * ("gaussian" in terms), "stored at half precision"
 
 
@@ -114,9 +115,9 @@ def test_a_network_that_finds_nothing_odd_is_compared_too(fitted: networks.Featu
 
 def test_the_gaussian_is_mahalanobis_with_a_mean_for_each_place() -> None:
     generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(networks.DEPTH, 8, 4, generator=generator)
-    factor = torch.randn(4, 2, networks.DEPTH, networks.DEPTH, generator=generator).half().float()
-    f = torch.randn(3, networks.DEPTH, 8, 4, generator=generator)
+    mean = torch.randn(DEPTH, 8, 4, generator=generator)
+    factor = torch.randn(4, 2, DEPTH, DEPTH, generator=generator).half().float()
+    f = torch.randn(3, DEPTH, 8, 4, generator=generator)
     found = networks.LocalGaussian(mean, factor)(f)
     away = f[1, :, 6, 3] - mean[:, 6, 3]
     assert found.shape == (3, 1, 8, 4)
@@ -129,12 +130,12 @@ def prototypes_of(rows: np.ndarray, count: int) -> Prototypes:
 
 def test_the_bank_is_the_distance_to_the_nearest_prototype_by_how_far_apart_these_lie() -> None:
     rng = np.random.default_rng(0)
-    stretched = np.linspace(0.1, 9.0, networks.DEPTH, dtype=np.float32)
-    rows = rng.standard_normal((3000, networks.DEPTH), np.float32) * stretched + 5
+    stretched = np.linspace(0.1, 9.0, DEPTH, dtype=np.float32)
+    rows = rng.standard_normal((3000, DEPTH), np.float32) * stretched + 5
     prototypes = prototypes_of(rows, 40)
-    f = rng.standard_normal((2, networks.DEPTH, 3, 5), np.float32) * stretched[:, None, None] + 5
+    f = rng.standard_normal((2, DEPTH, 3, 5), np.float32) * stretched[:, None, None] + 5
     found = networks.Bank(prototypes.convolutions())(torch.from_numpy(f))
-    covariance = np.cov(rows.T, bias=True) + 0.05 * np.eye(networks.DEPTH)
+    covariance = np.cov(rows.T, bias=True) + 0.05 * np.eye(DEPTH)
     place = (f[1, :, 2, 4] - rows.mean(0)) @ np.linalg.inv(np.linalg.cholesky(covariance)).T
     apart = np.linalg.norm(prototypes.whitened[:, None] - prototypes.whitened, axis=2)
     spacing = np.sort(apart, 1)[:, 1:10].mean(1)
@@ -143,18 +144,18 @@ def test_the_bank_is_the_distance_to_the_nearest_prototype_by_how_far_apart_thes
 
 
 def test_a_parts_own_prototype_is_no_matter_of_rounding() -> None:
-    rows = 9 * np.random.default_rng(0).standard_normal((500, networks.DEPTH)).astype(np.float32)
+    rows = 9 * np.random.default_rng(0).standard_normal((500, DEPTH)).astype(np.float32)
     bank = networks.Bank(prototypes_of(rows, 500).convolutions())
-    own = torch.from_numpy(rows[:20].T.reshape(1, networks.DEPTH, 4, 5).copy())
+    own = torch.from_numpy(rows[:20].T.reshape(1, DEPTH, 4, 5).copy())
     at_prototypes = bank(own)
     assert torch.equal(at_prototypes, at_prototypes[0, 0, 0, 0].expand(1, 1, 4, 5))
     assert torch.equal(bank(own * (1 + 1e-5)), at_prototypes)
 
 
-@pytest.mark.parametrize("rows", [np.zeros((50, networks.DEPTH)), np.ones((1, networks.DEPTH))], ids=["all alike", "one"])
+@pytest.mark.parametrize("rows", [np.zeros((50, DEPTH)), np.ones((1, DEPTH))], ids=["all alike", "one"])
 def test_a_bank_of_features_that_never_vary_still_measures(rows: np.ndarray) -> None:
     bank = networks.Bank(prototypes_of(rows.astype(np.float32), 20).convolutions())
-    same, other = torch.from_numpy(rows[:1].astype(np.float32))[:, :, None, None], torch.full((1, networks.DEPTH, 1, 1), 3.0)
+    same, other = torch.from_numpy(rows[:1].astype(np.float32))[:, :, None, None], torch.full((1, DEPTH, 1, 1), 3.0)
     assert torch.isfinite(bank(other)).all()
     assert bank(other) > bank(same)
 
@@ -247,7 +248,7 @@ def test_the_backbone_is_frozen_and_padded_like_its_weights_expect() -> None:
     x = torch.nn.functional.conv2d(x, weights["_conv_stem.weight"], stride=2)
     norm = [weights[f"_bn0.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
     wanted = torch.nn.functional.batch_norm(x, *norm, eps=1e-3).clamp(0, 6)
-    backbone = Backbone()
+    backbone = LiteBackbone(LITES["lite2"])
     found = backbone.stem((pixels - 127) / 128)
     assert torch.allclose(found, wanted, atol=0.02), "but for the rounding of weights to half precision"
     assert all(torch.equal(weight, weight.half().float()) for weight in backbone.parameters())

@@ -269,7 +269,7 @@ def test_a_mask_says_which_places_are_the_defect(school: Path, tmp_path: Path) -
 
 def test_what_is_kept_is_bounded_and_spread_over_all_pictures(school: Path) -> None:
     held = material.opened(school / "disc", opened(school, school / "disc").manifest.material)
-    few, numbers = held.good.thinned((held.good.early.nbytes + held.good.late.nbytes) // 4)
+    few, numbers = held.good.thinned(sum(tap.nbytes for tap in held.good.taps) // 4)
     assert few.pictures == len(numbers) == 20
     assert (numbers[0], numbers[-1]) == (0, 79)
     assert few.picture.tolist() == list(range(20))

@@ -35,10 +35,11 @@ from edge_inspector import training  # noqa: E402
 from edge_inspector.training import data, evaluation, generation, orders  # noqa: E402
 from edge_inspector.training.networks import Family, feature_weights  # noqa: E402
 from edge_inspector.training.networks.fanogan_fit import Fanogan, Fitter  # noqa: E402
-from edge_inspector.training.networks.feature_anogan import blocks, patches, scaled  # noqa: E402
+from edge_inspector.training.networks.feature_anogan import judged, patches, scaled  # noqa: E402
 from edge_inspector.training.networks.feature_fit import FeatureAnogan  # noqa: E402
 from edge_inspector.training.networks.feature_material import Extractor, Gatherer, gathered  # noqa: E402
 from edge_inspector.training.networks.feature_residuals import Residuals, moments  # noqa: E402
+from edge_inspector.training.normals import blocks  # noqa: E402
 from edge_inspector.training.orders import Order  # noqa: E402
 from edge_inspector.training.run import Progress, Run  # noqa: E402
 
@@ -308,15 +309,16 @@ def test_a_score_is_the_same_from_memory_and_one_by_one(tmp_path: Path) -> None:
     surveyed = data.survey(drawn(tmp_path / "good", 20))
     spec = SMALL.input_spec(surveyed, None, 0)
     (tmp_path / "work").mkdir()
-    material = gathered(surveyed.paths, surveyed.folds(SMALL.folds), spec, None, Run(tmp_path / "work"))
+    material = gathered(surveyed.paths, surveyed.folds(SMALL.folds), spec, None, Run(tmp_path / "work"), SMALL.source)
     heads = SMALL.heads(material, Run(tmp_path / "work"), "x")
     crossed = feature_weights.cross_fit(material, heads)
     fold = int(material.fold[0])
     mean, spread = feature_weights.tensors(crossed.without[fold])
     tiles = data.load_tiles(surveyed.paths[:1], spec, None)
-    features = patches(*material.extractor([tiles.images[0]]))
-    valid = torch.from_numpy(tiles.valid)
-    alone = feature_weights.score_of(heads[fold], mean, 1 / spread, features, valid)
+    taps = material.extractor.taps
+    features = patches(material.extractor([tiles.images[0]]), taps.strides)
+    counted = judged(torch.from_numpy(tiles.valid), taps.stride)
+    alone = feature_weights.score_of(heads[fold], mean, 1 / spread, features, counted)
     assert alone == pytest.approx(crossed.scores((1.0, 1.0, 1.0), spoiled=False)[0], rel=5e-3)  # memory is at half precision
 
 
@@ -349,14 +351,14 @@ def test_a_fold_taken_away_leaves_the_gaussian_of_the_others(tmp_path: Path) -> 
     surveyed = data.survey(drawn(tmp_path / "good", 24))
     spec = SMALL.input_spec(surveyed, None, 0)
     run = Run(tmp_path)
-    material = gathered(surveyed.paths, surveyed.folds(SMALL.folds), spec, None, run)
+    material = gathered(surveyed.paths, surveyed.folds(SMALL.folds), spec, None, run, SMALL.source)
     mean, spread = moments(material, torch.arange(24))
     found = Residuals(material, 64, run).gaussian(5, mean, spread)
     others = torch.from_numpy(np.flatnonzero(material.fold != 5))
     f = scaled(material.good.raw(others), mean, spread)
     assert torch.allclose(found.mean[0], f.mean(0), atol=1e-4)
-    some = blocks(f)[3]
-    centre = blocks(f.mean(0)[None])[3]
+    some = torch.from_numpy(blocks(f.numpy()))[3]
+    centre = torch.from_numpy(blocks(f.mean(0)[None].numpy()))[3]
     covariance = some.T @ some / len(some) - centre.T @ centre / len(centre)
     away = torch.randn(len(covariance), generator=torch.Generator().manual_seed(1))
     expected = away @ torch.linalg.inv(covariance.double() + 0.05 * torch.eye(len(away))).float() @ away
@@ -424,7 +426,7 @@ def test_what_a_network_must_not_know_is_not_cut_into_what_it_learns(tmp_path: P
     """Two folds, a dark and a bright one: each has a pool of its own to cut from."""
     spec = InputSpec(height=32, width=32, order="rgb")
     run = Run(tmp_path)
-    gatherer = Gatherer(spec, np.arange(20) % 2, Extractor(32, 32, run), run)
+    gatherer = Gatherer(spec, np.arange(20) % 2, Extractor(SMALL.source, 32, 32, run), run)
     for row in range(20):
         image = np.full((32, 32, 3), 200 if row % 2 else 20, np.uint8)
         gatherer.add(row, [(row, image, Tile(0, 0, 32, 32, 0, 0, 32, 32))])

@@ -129,6 +129,10 @@ def train(
         Family.FEATURE_ANOGAN
     ),
     size: Annotated[int | None, typer.Option(help="side of the network's input [256; fanogan 64]")] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="feature-anogan: lite0 (faster), lite2, or an ONNX file that gives feature maps [lite2]"),
+    ] = None,
     rectangle: RectangleOption = None,
     polygon: PolygonOption = None,
     recipe: RecipeOption = None,
@@ -164,13 +168,9 @@ def train(
     except ImportError as error:
         raise InspectorError(f"training is not installed: {error}", hint=install("train")) from error
     given = {
-        "side": size,
-        "steps": steps,
-        "int8": int8 or None,
-        "width": width,
-        "gan_steps": gan_steps,
-        "encoder_steps": encoder_steps,
-    }
+        "side": size, "backbone": backbone, "steps": steps, "int8": int8 or None,
+        "width": width, "gan_steps": gan_steps, "encoder_steps": encoder_steps,
+    }  # fmt: skip
     order = Order(
         folder=folder, out=out_folder / (name or product), product=product, name=name or product, key=signing,
         release=release, family=_family(family, given), seed=seed, roi=wanted.roi, tile=tile, overlap=overlap,

@@ -17,8 +17,9 @@ from edge_inspector.installation import install
 
 Precision = Literal["fp32", "fp16", "int8"]
 _NETWORK = {"Add", "AveragePool", "Clip", "Concat", "Conv", "ConvTranspose", "Gemm", "LeakyRelu", "Relu", "Resize", "Tanh"}
-_MEASURES = {"bank", "gaussian", "exemplars"}
-"""Parts of a graph that are distances to good parts; so is what stands in no part, at the top."""
+_MEASURES = {"attention", "bank", "gaussian", "exemplars"}
+"""Parts of a graph that stay in full: distances to good parts, and backbones that attend, whose sums outgrow half precision;
+so does what stands in no part, at the top."""
 
 
 def precision_of(graph: bytes) -> Precision:

@@ -15,13 +15,13 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from edge_inspector.errors import TrainingError
-from edge_inspector.graphs import OPSET
+from edge_inspector.graphs import OPSET, facts_of
 from edge_inspector.training import quantise
 from edge_inspector.training.networks import feature_anogan as networks
-from edge_inspector.training.networks.backbone import Backbone
+from edge_inspector.training.networks.backbone import OnnxBackbone
+from edge_inspector.training.teaching.network import INNER
 
 _LARGE = 2**16
 _OUTPUTS = ["score", "map", "expected"]
@@ -42,31 +42,30 @@ def write(network: nn.Module, examples: tuple[Tensor, ...], path: Path, inputs: 
 def export(graph: nn.Module, path: Path, example: NDArray[np.uint8]) -> None:
     """Write the graph with inputs image and valid, outputs score, map, expected. example: uint8 [1, H, W, C].
 
-    Tensors inside that the graph calls `inner` keep their names.
+    With a backbone its maps and INNER keep their names.
     """
     image = torch.from_numpy(example)
     valid = torch.ones(image.shape[:3], dtype=torch.uint8)
-    inner = list(getattr(graph, "inner", ()))
-    backbone = getattr(graph, "backbone", None)
-    if isinstance(backbone, quantise.FileBackbone):
-        _export_around(graph, backbone, image, valid, path, [*_OUTPUTS, *inner[2:]])
-    elif inner:
-        write(_Opened(graph.cpu(), "opened"), (image, valid), path, ["image", "valid"], [*_OUTPUTS, *inner])
+    backbone: Any = getattr(graph, "backbone", None)
+    if isinstance(backbone, OnnxBackbone):
+        _export_around(graph, backbone, image, valid, path)
+    elif backbone is not None:
+        outputs = [*_OUTPUTS, *backbone.taps.names, *INNER]
+        write(_Opened(graph.cpu(), "opened"), (image, valid), path, ["image", "valid"], outputs)
     else:
         write(graph.cpu(), (image, valid), path, ["image", "valid"], _OUTPUTS)
     _compact(path)
 
 
-def _export_around(
-    graph: Any, backbone: quantise.FileBackbone, image: Tensor, valid: Tensor, path: Path, outputs: list[str]
-) -> None:
+def _export_around(graph: Any, backbone: OnnxBackbone, image: Tensor, valid: Tensor, path: Path) -> None:
     """Put the backbone's file between what comes before and after it."""
     before, after = _Calling(networks.as_pixels), _Opened(graph, "judge")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         front, rest = Path(folder) / "front.onnx", Path(folder) / "rest.onnx"
         write(before, (image,), front, ["image"], ["pixels"])
-        write(after, (*backbone(networks.as_pixels(image)), valid), rest, ["early", "late", "valid"], outputs)
-        quantise.joined([front, backbone.path, rest], path)
+        write(after, (*backbone(networks.as_pixels(image)), valid), rest, [*backbone.taps.names, "valid"], [*_OUTPUTS, *INNER])
+        attends = "Softmax" in facts_of(backbone.path.read_bytes()).operators
+        quantise.joined({"pixels": front, "attention" if attends else "backbone": backbone.path, "": rest}, path)
 
 
 def _compact(path: Path) -> None:
@@ -135,20 +134,40 @@ def parity(graph: nn.Module, path: Path, tiles: NDArray[np.uint8]) -> float:
     return worst
 
 
-def cost(graph: nn.Module, path: Path, example: NDArray[np.uint8]) -> dict[str, float]:
+def cost(path: Path, example: NDArray[np.uint8]) -> dict[str, float]:
     """What one tile costs: multiply-adds, numbers held, the file's size, CPU time on one thread of this machine."""
-    image = torch.from_numpy(example)
-    valid = torch.ones(image.shape[:3], dtype=torch.uint8)
-    with torch.no_grad(), FlopCounterMode(display=False) as counted:
-        graph(image, valid)
-        if isinstance(getattr(graph, "backbone", None), quantise.FileBackbone):
-            Backbone()(networks.as_pixels(image))  # what the file computes is not seen from here
+    model = onnx.load(str(path))
     return {
-        "gmac": counted.get_total_flops() / 2e9,
-        "million_parameters": sum(float(np.prod(t.dims)) for t in onnx.load(str(path)).graph.initializer) / 1e6,
+        "gmac": _multiply_adds(model, example) / 1e9,
+        "million_parameters": sum(float(np.prod(t.dims)) for t in model.graph.initializer) / 1e6,
         "megabytes": path.stat().st_size / 1e6,
         "cpu_ms_one_thread": _median_ms(path, example, threads=1),
     }
+
+
+def _multiply_adds(model: onnx.ModelProto, example: NDArray[np.uint8]) -> float:
+    """Of its convolutions and matrix products, counted by the sizes that a run gives: uint8 [1, H, W, C]."""
+    products = [node for node in model.graph.node if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
+    looked_at = {name for node in products for name in (*node.input, *node.output) if name}
+    held = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    inputs = {value.name for value in model.graph.input}
+    probed = onnx.ModelProto()
+    probed.CopyFrom(model)
+    known = {value.name for value in model.graph.output}
+    asked = sorted(looked_at - held.keys() - inputs)
+    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked if name not in known)
+    session = onnxruntime.InferenceSession(probed.SerializeToString(), providers=["CPUExecutionProvider"])
+    feed = {"image": example, "valid": np.ones(example.shape[:3], np.uint8)}
+    shapes = held | {name: found.shape for name, found in zip(asked, session.run(asked, feed), strict=True)}
+    total = 0.0
+    for node in products:
+        first, second, made = (shapes[name] for name in (node.input[0], node.input[1], node.output[0]))
+        # A kernel is [out, in of its group, ...], that of a transposed convolution [in, out of its group, ...].
+        of, each = (first, second[1:]) if node.op_type == "ConvTranspose" else (made, second[1:])
+        if node.op_type in ("Gemm", "MatMul"):
+            of, each = made, first[-1:]
+        total += float(np.prod(of)) * float(np.prod(each))
+    return total
 
 
 def latency_ms(graph: nn.Module, example: NDArray[np.uint8]) -> float:

@@ -259,7 +259,7 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
         drawing, latent = fitted.generator
         export.write(drawing, (torch.zeros(1, latent),), part / bundles.GENERATOR, ["latent"], ["picture"])
     parity = export.parity(graph, part / bundles.NETWORK, tiles)
-    cost = export.cost(graph, part / bundles.NETWORK, tiles[:1])
+    cost = export.cost(part / bundles.NETWORK, tiles[:1])
     manifest = _calibrated(_draft(order, surveyed, spec), promise, good, found, fitted.method, scale)
     ascending = [i for i in np.argsort(scores) if known[i]]
     ranked = [surveyed.paths[i] for i in ascending]
@@ -273,7 +273,9 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
     metrics = {"parity": parity, **fitted.figures, **cost, **limit.figures()}
     left = run.folder / "teach"
     digest = fitted.material.write(left) if fitted.material is not None else None
-    manifest = manifest.model_copy(update={"samples": samples, "metrics": metrics, "material": digest})
+    manifest = manifest.model_copy(
+        update={"samples": samples, "metrics": metrics, "material": digest, "backbone": fitted.backbone}
+    )
     sheets = _thinned(sorted(run.folder.glob("sheet-*.png")))
     page = report.render(manifest, promise, found, surveyed, fitted, limit, sheets, run.losses, extremes, part)
     (part / bundles.REPORT).write_text(page)

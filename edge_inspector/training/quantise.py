@@ -10,11 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
-import torch
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
-from torch import Tensor, nn
 
 from edge_inspector.graphs import OPSET
 
@@ -44,25 +41,15 @@ def quantise(network: Path, images: NDArray[np.uint8], out: Path) -> None:
     )  # fmt: skip
 
 
-class FileBackbone(nn.Module):
-    """A backbone that is an ONNX file: pixels float [N, 3, H, W] -> features of stride 8 and 16."""
+def joined(files: dict[str, Path], out: Path) -> None:
+    """Write ONNX files as one: outputs feed the inputs of the next that have their names.
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Runs on the CPU, whatever the device of the pixels."""
-        early, late = self.session.run(None, {"pixels": pixels.contiguous().cpu().numpy()})
-        return torch.from_numpy(early), torch.from_numpy(late)
-
-
-def joined(files: list[Path], out: Path) -> None:
-    """Write ONNX files as one: outputs feed the inputs of the next that have their names."""
-    whole = _plain(files[0], "0/")
-    for number, path in enumerate(files[1:], 1):
-        following = _plain(path, f"{number}/")
+    A file's key is the part of the graph that it becomes: the first word of its nodes' names, unless it is empty.
+    """
+    (place, first), *others = files.items()
+    whole = _plain(first, place, "0/")
+    for number, (place, path) in enumerate(others, 1):
+        following = _plain(path, place, f"{number}/")
         fed = {value.name for value in following.graph.input} & {value.name for value in whole.graph.output}
         keep = [value.name for value in whole.graph.output if value.name not in fed]
         whole = onnx.compose.merge_models(
@@ -73,10 +60,12 @@ def joined(files: list[Path], out: Path) -> None:
     onnx.save(whole, str(out))
 
 
-def _plain(path: Path, prefix: str) -> onnx.ModelProto:
+def _plain(path: Path, place: str, prefix: str) -> onnx.ModelProto:
     """A model whose inner names cannot meet others', with one operator set: the quantiser lists some that it does not use."""
     model = onnx.load(str(path))
-    model = onnx.compose.add_prefix(model, prefix, rename_inputs=False, rename_outputs=False)
+    model = onnx.compose.add_prefix(model, prefix, rename_nodes=False, rename_inputs=False, rename_outputs=False)
+    for node in model.graph.node if place else ():
+        node.name = f"/{place}/{node.name.lstrip('/') or node.output[0]}"
     model.ir_version = 8
     del model.opset_import[:]
     model.opset_import.append(onnx.helper.make_opsetid("", OPSET))

@@ -160,13 +160,14 @@ def _figures(extremes: Sequence[Extreme]) -> str:
 
 
 def _facts(manifest: Manifest, surveyed: Pictures) -> str:
-    metrics = manifest.metrics
+    metrics, used = manifest.metrics, manifest.backbone
     facts = {
         "product": manifest.product,
         "bundle": f"{manifest.name}, release {manifest.release}, made {manifest.created_at:%Y-%m-%d %H:%M} UTC",
         "trained on": f"{manifest.training.pictures} pictures of good parts, {surveyed.width_px}x{surveyed.height_px},"
         f" {surveyed.depth_bits} bit, digest {surveyed.digest[:16]}…",
         "network": manifest.network,
+        "backbone": f"{used.name}, sha256 {used.sha256[:16]}…, licence {used.licence}" if used else "none",
         "input": f"{manifest.input.width}x{manifest.input.height}"
         + (f", tiles of {manifest.input.tile} px" if manifest.input.tile else ""),
         "cost per tile": f"{metrics['gmac']:.2f} GMAC, {metrics['million_parameters']:.1f} million parameters,"

@@ -52,10 +52,10 @@ SHOWN = ("flagship", "PaDiM", "PatchCore", "PatchCore 1 %")
 def padim(heads: networks.Heads, material: Material) -> Callable[[Tensor], Tensor]:
     """A Gaussian with full covariance at each place (Defard et al. 2021): features -> map."""
     count = 2 * len(material.good)
-    total = torch.zeros(networks.DEPTH, *material.good.early.shape[2:])
-    products = torch.zeros(total[0].numel(), networks.DEPTH, networks.DEPTH)
+    total = torch.zeros(material.good.depth, *material.judged.shape[1:])
+    products = torch.zeros(total[0].numel(), material.good.depth, material.good.depth)
     for store in (material.good, material.jittered):
-        for part in parts(torch.arange(len(store.early))):
+        for part in parts(torch.arange(len(store))):
             f = heads.standardised(store.raw(part))
             total += f.sum(0)
             x = f.flatten(2).permute(2, 0, 1)
@@ -63,7 +63,7 @@ def padim(heads: networks.Heads, material: Material) -> Callable[[Tensor], Tenso
     mean = total / count
     centre = mean.flatten(1).T
     covariance = products.div_(count) - centre[:, :, None] * centre[:, None, :]
-    inverse = torch.linalg.inv(covariance + 0.05 * torch.eye(networks.DEPTH))
+    inverse = torch.linalg.inv(covariance + 0.05 * torch.eye(material.good.depth))
 
     def apply(f: Tensor) -> Tensor:
         away = (f - mean).flatten(2).permute(2, 0, 1)
@@ -76,9 +76,9 @@ def padim(heads: networks.Heads, material: Material) -> Callable[[Tensor], Tenso
 def patchcore(heads: networks.Heads, material: Material, run: Run, count: int = PROTOTYPES) -> Callable[[Tensor], Tensor]:
     """Distance to the nearest of a coreset of standardised features (Roth et al. 2022): features -> map."""
     rows = []
-    for part in parts(torch.arange(len(material.good.early))):
-        f = heads.standardised(material.good.raw(part)).permute(0, 2, 3, 1).reshape(-1, networks.DEPTH)
-        share = ROWS * len(part) // len(material.good.early)
+    for part in parts(torch.arange(len(material.good))):
+        f = heads.standardised(material.good.raw(part)).permute(0, 2, 3, 1).reshape(-1, material.good.depth)
+        share = ROWS * len(part) // len(material.good)
         rows.append(f[torch.randperm(len(f), generator=run.seeded(7, int(part[0])))[:share]])
     every = torch.cat(rows)
     chosen = every[normals.centres(every.numpy(), min(count, len(every)), run.rng(8))]
@@ -111,7 +111,7 @@ class Reader:
 
     def __init__(self, family: fitting.FeatureAnogan, surveyed: data.Pictures, run: Run) -> None:
         self.spec = family.input_spec(surveyed, None, 0.0)
-        self.extractor = Extractor(self.spec.height, self.spec.width, run)
+        self.extractor = Extractor(family.source, self.spec.height, self.spec.width, run)
 
     def __call__(self, heads: networks.Heads, images: list[NDArray[Any]]) -> tuple[Tensor, Tensor]:
         tiles, valid = [], []
@@ -121,8 +121,9 @@ class Reader:
             plan.fill(image, *buffers)
             tiles.append(buffers[0][0])
             valid.append(buffers[1][0])
-        early, late = self.extractor(tiles)
-        return heads.standardised(networks.patches(early.float(), late.float())), torch.from_numpy(np.stack(valid))
+        taps = self.extractor.taps
+        features = networks.patches(self.extractor(tiles), taps.strides)
+        return heads.standardised(features), networks.judged(torch.from_numpy(np.stack(valid)), taps.stride)
 
 
 def part_of(folder: Path, prefix: str, out: Path) -> Path:
@@ -162,7 +163,7 @@ def measured(folder: Path, seed: int, most: int, family: fitting.FeatureAnogan, 
     run = Run(work, seed=seed)
     spec = family.input_spec(surveyed, None, 0.0)
     folds = surveyed.folds(family.folds)
-    material = gathered(surveyed.paths, folds, spec, None, run)
+    material = gathered(surveyed.paths, folds, spec, None, run, family.source)
     every = family.heads(material, run, key_of({"seed": seed}))
     crossed = weights_of.cross_fit(material, every)
     weighing = weights_of.weighed(crossed)
@@ -170,7 +171,7 @@ def measured(folder: Path, seed: int, most: int, family: fitting.FeatureAnogan, 
     heads = every[-1]
     sums = {"flagship": weighing.weights} | {called(c): c for c in SUMS}
     mean, spread = weights_of.tensors(crossed.usual)
-    patches = len(material.good.early) * material.good.early.shape[2] * material.good.early.shape[3]
+    patches = len(material.good) * material.judged[0].numel()
     alone = {
         "PaDiM": padim(heads, material), "PatchCore": patchcore(heads, material, run),
         "PatchCore 1 %": patchcore(heads, material, run, round(SHARE * patches)),
@@ -189,7 +190,7 @@ def measured(folder: Path, seed: int, most: int, family: fitting.FeatureAnogan, 
         batch = listed[start : start + BATCH]
         images = [pictures.read(path) for _, path in batch]
         with torch.no_grad():
-            f, valid = reader(heads, images)
+            f, counted = reader(heads, images)
             coarse = heads.generator.coarse(torch.nn.functional.avg_pool2d(f, 2))
             terms = torch.cat([heads.term(name, f, coarse) for name in networks.TERMS], 1)
             smooth = networks.smoothed(terms, kernel)
@@ -197,7 +198,7 @@ def measured(folder: Path, seed: int, most: int, family: fitting.FeatureAnogan, 
             fused = {name: networks.fused(smooth, mean, gain) for name, gain in gains.items()}
             fused |= {name: networks.smoothed(reference(f), kernel) for name, reference in alone.items()}
         for name, total in fused.items():
-            score, anomaly = networks.finished(total, networks.judged(valid), one)
+            score, anomaly = networks.finished(total, counted, one)
             scores[name] += score.tolist()
             maps[name] += list(anomaly.numpy())
         for (kind, path), image in zip(batch, images, strict=True):
@@ -290,6 +291,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--pictures", type=int, default=200)
     usual = fitting.FeatureAnogan()
+    parser.add_argument("--backbone", default=usual.backbone)
     parser.add_argument("--side", type=int, default=usual.side)
     parser.add_argument("--prototypes", type=int, default=usual.prototypes)
     parser.add_argument("--steps", type=int, default=usual.steps)
@@ -299,7 +301,9 @@ def main() -> None:
     if given.table:
         table(given.out)
         return
-    family = fitting.FeatureAnogan(side=given.side, prototypes=given.prototypes, steps=given.steps)
+    family = fitting.FeatureAnogan(
+        side=given.side, prototypes=given.prototypes, steps=given.steps, backbone=given.backbone
+    )  # fmt: skip
     for name, seed, folder, work in opened(given.sets, given.seeds, given.out):
         found = measured(folder, seed, given.pictures, family, work)
         with given.out.open("a") as file:

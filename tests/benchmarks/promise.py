@@ -90,8 +90,8 @@ def main() -> None:
         run = Run(work)
         surveyed = data.survey(pool)
         spec = family.input_spec(surveyed, None, 0.0)
-        material = gathered(surveyed.paths, surveyed.folds(family.folds), spec, None, run)
-        defective = gathered(sorted(bad.iterdir()), np.zeros(len(list(bad.iterdir())), np.intp), spec, None, run)
+        material = gathered(surveyed.paths, surveyed.folds(family.folds), spec, None, run, family.source)
+        defective = gathered(sorted(bad.iterdir()), np.zeros(len(list(bad.iterdir())), np.intp), spec, None, run, family.source)
         done = len(given.out.read_text().splitlines()) if given.out.exists() else 0
         for split in range(done, given.splits):
             rng = np.random.default_rng(split)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from edge_inspector.bundles import InputSpec
+from edge_inspector.bundles import BackboneUsed, InputSpec
 from edge_inspector.preprocess import Window
 from edge_inspector.training.data import Pictures
 from edge_inspector.training.run import Run
@@ -39,6 +39,8 @@ class Fitted:
     """Where the family draws pictures: latents [N, n] -> uint8 [N, H, W, C] in frame order, and n."""
     sheets: str = ""
     """What the pictures show that were written while it was fitted (`Run.sheet`)."""
+    backbone: BackboneUsed | None = None
+    """The pretrained network it rests on; None: it has none."""
     material: Material | None = None
     """What the bundle can be taught from; None: it cannot."""
 

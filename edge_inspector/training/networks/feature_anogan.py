@@ -2,14 +2,14 @@
 
 Schlegl et al. (IPMI 2017, eq. 6) score A(x) = (1 - lambda) R(x) + lambda D(x): how far x is from what the generator can
 draw, and how unlike good parts the discriminator finds it. Pixels are a poor place for both: light and position move
-them more than a scratch does. Here x is a place in the feature maps f of a frozen backbone (stride 8), and
+them more than a scratch does. Here x is a place in the feature maps f of a frozen backbone, and
   R is the distance to the manifold of normals, modelled twice: by a Gaussian for each neighbourhood (after Defard et al.,
     "PaDiM", 2021) and by a bank of prototypes (after Roth et al., "PatchCore", 2022);
   G(E(f)) is a bottleneck that draws the features a good part would have (after f-AnoGAN's encoder and generator);
   D judges f together with the residual f - G(E(f)) (after Liu et al., "SimpleNet", 2023), against noise and drawn defects.
 What each term is worth for a product is measured on good parts and drawn defects alone (`feature_weights.py`).
 
-f: float [N, C, h, w], standardised per channel. Input: uint8 [N, H, W, 3] RGB; H and W multiples of 32; h = H / 8.
+f: float [N, C, h, w], standardised per channel. Input: uint8 [N, H, W, 3] RGB; h = H / stride of the backbone's finest map.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edge_inspector.training.networks.backbone import CHANNELS
+from edge_inspector.training.networks.backbone import Backbone
 from edge_inspector.training.normals import BLOCK, Floats, Prototypes
 from edge_inspector.training.teaching.network import INNER
 
-STRIDE = 8
-DEPTH = sum(CHANNELS)
 TERMS = ("gaussian", "bank", "discriminator")
 _WIDTH, _LATENT, _HIDDEN = 64, 32, 256
 _NEAREST = 0.005
@@ -41,23 +39,21 @@ def as_pixels(image: Tensor) -> Tensor:
     return image.float().permute(0, 3, 1, 2)
 
 
-def patches(early: Tensor, late: Tensor) -> Tensor:
-    """Backbone outputs of stride 8 and 16 -> [N, DEPTH, h, w]: each place with its neighbours, both scales."""
-    early = functional.avg_pool2d(early, 3, 1, 1, count_include_pad=False)
-    late = functional.avg_pool2d(late, 3, 1, 1, count_include_pad=False)
-    return torch.cat([early, functional.interpolate(late, scale_factor=2.0, mode="bilinear", align_corners=False)], 1)
+def patches(taps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
+    """A backbone's maps, the finest first -> [N, C, h, w]: each place with its neighbours, all scales."""
+    found = []
+    for tap, stride in zip(taps, strides, strict=True):
+        pooled = functional.avg_pool2d(tap, 3, 1, 1, count_include_pad=False)
+        factor = stride / strides[0]
+        if factor > 1:
+            pooled = functional.interpolate(pooled, scale_factor=factor, mode="bilinear", align_corners=False)
+        found.append(pooled)
+    return torch.cat(found, 1)
 
 
 def scaled(raw: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
-    """Features [N, DEPTH, h, w] about a mean and in units of a spread, each [DEPTH]."""
+    """Features [N, C, h, w] about a mean and in units of a spread, each [C]."""
     return (raw - mean[:, None, None]) / spread[:, None, None]
-
-
-def blocks(f: Tensor) -> Tensor:
-    """[N, DEPTH, h, w] -> [h w / BLOCK^2, N BLOCK^2, DEPTH]: the places of each neighbourhood together."""
-    rows, columns = f.shape[2] // BLOCK, f.shape[3] // BLOCK
-    split = f.reshape(-1, DEPTH, rows, BLOCK, columns, BLOCK)
-    return split.permute(2, 4, 0, 3, 5, 1).reshape(rows * columns, -1, DEPTH)
 
 
 def smoothing_kernel() -> Tensor:
@@ -73,21 +69,23 @@ class LocalGaussian(nn.Module):
     """Mahalanobis distance of each place: a mean of its own, and a covariance shared by its BLOCK x BLOCK neighbourhood."""
 
     def __init__(self, mean: Tensor, whitening: Tensor) -> None:
-        """Mean [DEPTH, h, w]; whitening [h / BLOCK, w / BLOCK, DEPTH, DEPTH], so that |(f - mean) W|^2 is the distance^2.
+        """Mean [C, h, w]; whitening [h / BLOCK, w / BLOCK, C, C], so that |(f - mean) W|^2 is the distance^2.
 
         W is most of a bundle's size; it is kept at half precision and computed with at full precision.
         """
         super().__init__()
         self.register_buffer("mean", mean[None])
-        self.register_buffer("whitening", whitening.reshape(-1, DEPTH, DEPTH).half())
+        self.rows, self.columns, self.depth = whitening.shape[:3]
+        self.register_buffer("whitening", whitening.reshape(-1, self.depth, self.depth).half())
         self.mean: Tensor
         self.whitening: Tensor
-        self.rows, self.columns = whitening.shape[:2]
 
     def forward(self, f: Tensor) -> Tensor:
         """Distances [N, 1, h, w]."""
         rows, columns = self.rows, self.columns
-        squared = ((blocks(f - self.mean) @ self.whitening.float()) ** 2).sum(2)
+        split = (f - self.mean).reshape(-1, self.depth, rows, BLOCK, columns, BLOCK)
+        together = split.permute(2, 4, 0, 3, 5, 1).reshape(rows * columns, -1, self.depth)
+        squared = ((together @ self.whitening.float()) ** 2).sum(2)
         squared = squared.reshape(rows, columns, -1, BLOCK, BLOCK).permute(2, 0, 3, 1, 4)
         return squared.reshape(-1, 1, rows * BLOCK, columns * BLOCK).clamp(min=1e-6).sqrt()
 
@@ -117,19 +115,19 @@ def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequen
 
 
 class Generator(nn.Module):
-    """G(E(f)): through a bottleneck at stride 32 and back to stride 16, where features are smooth enough to be drawn."""
+    """G(E(f)): through a bottleneck of a quarter of the places each way and back to half, where features are smooth enough."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
-            _layer(DEPTH, _WIDTH, 1), _layer(_WIDTH, _WIDTH, 3, 2), nn.Conv2d(_WIDTH, _LATENT, 1), nn.Dropout2d(0.2)
+            _layer(depth, _WIDTH, 1), _layer(_WIDTH, _WIDTH, 3, 2), nn.Conv2d(_WIDTH, _LATENT, 1), nn.Dropout2d(0.2)
         )
         self.decoder = nn.Sequential(
-            _layer(_LATENT, _WIDTH, 3), nn.Upsample(scale_factor=2), _layer(_WIDTH, _WIDTH, 3), nn.Conv2d(_WIDTH, DEPTH, 1)
+            _layer(_LATENT, _WIDTH, 3), nn.Upsample(scale_factor=2), _layer(_WIDTH, _WIDTH, 3), nn.Conv2d(_WIDTH, depth, 1)
         )
 
     def coarse(self, pooled: Tensor) -> Tensor:
-        """Features at stride 16 -> what a good part would have there."""
+        """Features averaged over 2 x 2 places -> what a good part would have there."""
         drawn: Tensor = self.decoder(self.encoder(pooled))
         return drawn
 
@@ -137,21 +135,21 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """D of [f, (f - G(E(f))) / spread] at each place: a logit, high where it is unlike good parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int) -> None:
         super().__init__()
         self.register_buffer("spread", torch.ones(()))
         self.spread: Tensor
         self.body = nn.Sequential(
-            nn.Conv2d(2 * DEPTH, _HIDDEN, 1), nn.BatchNorm2d(_HIDDEN), nn.LeakyReLU(0.2), nn.Conv2d(_HIDDEN, 1, 1)
+            nn.Conv2d(2 * depth, _HIDDEN, 1), nn.BatchNorm2d(_HIDDEN), nn.LeakyReLU(0.2), nn.Conv2d(_HIDDEN, 1, 1)
         )
 
     @staticmethod
     def residual(f: Tensor, coarse: Tensor) -> Tensor:
-        """What is left of f without what G draws at stride 16, [N, DEPTH, h, w]."""
+        """What is left of f without what G draws, [N, C, h, w]."""
         return f - functional.interpolate(coarse, scale_factor=2.0, mode="bilinear", align_corners=False)
 
     def seen(self, f: Tensor, coarse: Tensor) -> Tensor:
-        """What D is given, [N, 2 DEPTH, h, w]."""
+        """What D is given, [N, 2 C, h, w]."""
         return torch.cat([f, self.residual(f, coarse) / self.spread], 1)
 
     def forward(self, f: Tensor, coarse: Tensor) -> Tensor:
@@ -166,7 +164,7 @@ class Heads(nn.Module):
         self, mean: Tensor, spread: Tensor, gaussian: LocalGaussian, bank: Bank, generator: Generator,
         discriminator: Discriminator,
     ) -> None:  # fmt: skip
-        """Mean and spread: [DEPTH] of the raw features."""
+        """Mean and spread: [C] of the raw features."""
         super().__init__()
         self.register_buffer("mean", mean[None, :, None, None])
         self.register_buffer("spread", spread[None, :, None, None])
@@ -202,7 +200,7 @@ class Exemplars(nn.Module):
 
     @staticmethod
     def key(coarse: Tensor) -> Tensor:
-        """Drawn features [N, DEPTH, h / 2, w / 2] -> [N, K]."""
+        """Drawn features [N, C, h / 2, w / 2] -> [N, K]."""
         return functional.avg_pool2d(coarse, 2).flatten(1)
 
     def forward(self, coarse: Tensor) -> Tensor:
@@ -216,10 +214,10 @@ class FeatureAnoganGraph(nn.Module):
     """The one graph that is exported: pixels in, score, map and expected appearance out."""
 
     inner = INNER
-    """What `opened` gives beside the outputs; these tensors keep their names in the exported graph."""
+    """What `judge` gives beside the outputs; these tensors and the backbone's keep their names in the exported graph."""
 
     def __init__(
-        self, backbone: nn.Module, heads: Heads, exemplars: Exemplars, terms: Sequence[str], mean: Tensor, gain: Tensor
+        self, backbone: Backbone, heads: Heads, exemplars: Exemplars, terms: Sequence[str], mean: Tensor, gain: Tensor
     ) -> None:
         """terms: those of TERMS that are used; mean and gain [terms, h, w]: as `fused` takes them."""
         super().__init__()
@@ -241,27 +239,28 @@ class FeatureAnoganGraph(nn.Module):
 
     def opened(self, image: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         """What `forward` gives, then what lies between."""
-        early, late = self.backbone(as_pixels(image))
-        score, anomaly, expected, *inner = self.judge(early, late, valid)
-        return score, anomaly, expected, early, late, *inner
+        taps = self.backbone(as_pixels(image))
+        score, anomaly, expected, *inner = self.judge(*taps, valid)
+        return score, anomaly, expected, *taps, *inner
 
-    def judge(self, early: Tensor, late: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
-        """Everything after the backbone: what `forward` gives, then features, maps and their sum."""
-        f = self.heads.standardised(patches(early, late))
+    def judge(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """Everything after the backbone, of its maps and valid: what `forward` gives, then features, maps and their sum."""
+        *taps, valid = given
+        f = self.heads.standardised(patches(taps, self.backbone.taps.strides))
         coarse = self.heads.generator.coarse(functional.avg_pool2d(f, 2))
         maps = smoothed(torch.cat([self.heads.term(name, f, coarse) for name in self.terms], 1), self.kernel)
         total = fused(maps, self.mean, self.gain)
-        score, anomaly = finished(total, judged(valid), self.unit)
+        score, anomaly = finished(total, judged(valid, self.backbone.taps.stride), self.unit)
         return score, anomaly, self.exemplars(coarse), f, maps, total
 
 
-def empty_heads(h: int, w: int, prototypes: int) -> Heads:
-    """Heads of that shape, to load a state into."""
+def empty_heads(depth: int, h: int, w: int, prototypes: int) -> Heads:
+    """Heads of that shape that know nothing."""
+    empty = Prototypes.of(np.zeros((prototypes, depth), np.float32), prototypes, np.random.default_rng(0))
     return Heads(
-        torch.zeros(DEPTH), torch.ones(DEPTH),
-        LocalGaussian(torch.zeros(DEPTH, h, w), torch.zeros(h // BLOCK, w // BLOCK, DEPTH, DEPTH)),
-        Bank(Prototypes.of(np.zeros((prototypes, DEPTH), np.float32), prototypes, np.random.default_rng(0)).convolutions()),
-        Generator(), Discriminator(),
+        torch.zeros(depth), torch.ones(depth),
+        LocalGaussian(torch.zeros(depth, h, w), torch.zeros(h // BLOCK, w // BLOCK, depth, depth)),
+        Bank(empty.convolutions()), Generator(depth), Discriminator(depth),
     )  # fmt: skip
 
 
@@ -280,9 +279,9 @@ def fused(maps: Tensor, mean: Tensor, gain: Tensor) -> Tensor:
     return ((maps - mean) * gain).sum(1, keepdim=True)
 
 
-def judged(valid: Tensor) -> Tensor:
+def judged(valid: Tensor, stride: int) -> Tensor:
     """Valid uint8 [N, H, W] -> 1 or 0 [N, 1, h, w]: a place counts as soon as one of its pixels does, so none is left out."""
-    return functional.max_pool2d(valid.float().unsqueeze(1), STRIDE).clamp(max=1.0)
+    return functional.max_pool2d(valid.float().unsqueeze(1), stride).clamp(max=1.0)
 
 
 def finished(fused: Tensor, counted: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:

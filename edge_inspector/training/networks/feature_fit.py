@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +22,9 @@ from edge_inspector.errors import TrainingError
 from edge_inspector.preprocess import Window
 from edge_inspector.training import export
 from edge_inspector.training.data import Pictures, load_tiles
-from edge_inspector.training.networks import Fitted
+from edge_inspector.training.networks import Fitted, backbone_file
 from edge_inspector.training.networks import feature_anogan as networks
-from edge_inspector.training.networks.backbone import Backbone
+from edge_inspector.training.networks.backbone import Source
 from edge_inspector.training.networks.feature_material import (
     COVERED,
     MOST_PLACES,
@@ -69,7 +70,7 @@ class Drawing(nn.Module):
     def __init__(
         self, mean: Tensor, spread: Tensor, generator: networks.Generator, discriminator: networks.Discriminator
     ) -> None:
-        """Mean and spread: [DEPTH] of the raw features."""
+        """Mean and spread: [C] of the raw features."""
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("spread", spread)
@@ -80,8 +81,9 @@ class Drawing(nn.Module):
     @staticmethod
     def loaded(state: dict[str, Tensor]) -> Drawing:
         """From a checkpoint."""
-        empty = torch.zeros(networks.DEPTH)
-        drawing = Drawing(empty, empty.clone(), networks.Generator(), networks.Discriminator())
+        empty = torch.zeros_like(state["mean"])
+        depth = len(empty)
+        drawing = Drawing(empty, empty.clone(), networks.Generator(depth), networks.Discriminator(depth))
         drawing.load_state_dict(state)
         return drawing.eval()
 
@@ -146,7 +148,7 @@ class _Fitter:
     def _generator(self) -> networks.Generator:
         """Half of what it is given carries a drawn defect, and must come out as the part would be without."""
         m, device = self.material, self.run.device
-        network = networks.Generator().to(device)
+        network = networks.Generator(m.good.depth).to(device)
         optimiser = torch.optim.AdamW(network.parameters(), 1.5e-3, betas=(0.5, 0.999))
 
         def loss(step: int) -> Tensor:
@@ -161,7 +163,7 @@ class _Fitter:
     def _discriminator(self, drawing: networks.Generator) -> networks.Discriminator:
         """Good places against noisy ones, and against drawn defects (with less weight where they are already told apart)."""
         m, device = self.material, self.run.device
-        network = networks.Discriminator().to(device)
+        network = networks.Discriminator(m.good.depth).to(device)
 
         def seen(raw: Tensor) -> Tensor:
             f = self._scaled(raw).to(device)
@@ -232,6 +234,8 @@ class FeatureAnogan:
     """Generator and discriminator take the longest to fit; they leave out a group of folds each time, not one."""
     most_places: int = MOST_PLACES
     """Of more tiles so many are taken, evenly, as have that many feature places."""
+    backbone: str = "lite2"
+    """A packaged one, or an ONNX file that gives feature maps (`backbone_file.py`)."""
     int8: bool = False
     """Quantise the backbone first, and fit everything to its features."""
 
@@ -241,10 +245,23 @@ class FeatureAnogan:
         if not 64 <= self.side <= 1024:
             raise TrainingError(f"size {self.side}: must lie between 64 and 1024 for {self.name}")
 
+    @property
+    def source(self) -> Source:
+        """Where the backbone comes from. Raises TrainingError for one that cannot be used."""
+        return backbone_file.source(self.backbone)
+
     def input_spec(self, surveyed: Pictures, tile: int | None, overlap: float) -> InputSpec:
-        """Same shape as the pictures (tiles are square), multiples of 32, about side^2 pixels."""
-        aspect = surveyed.width_px / surveyed.height_px if tile is None else 1.0
-        height, width = (max(32, 32 * round(self.side * ratio / 32)) for ratio in (aspect**-0.5, aspect**0.5))
+        """Same shape as the pictures (tiles are square), about side^2 pixels, in steps that the backbone takes."""
+        taps = self.source.taps
+        aspect, step = surveyed.width_px / surveyed.height_px if tile is None else 1.0, taps.multiple
+        height, width = (max(step, step * round(self.side * ratio / step)) for ratio in (aspect**-0.5, aspect**0.5))
+        if taps.fixed is not None:
+            height, width = taps.fixed
+            if height % step or width % step:
+                raise TrainingError(
+                    f"backbone {self.backbone}: takes {width}x{height} px only; multiples of {step} px are needed",
+                    hint="export it for another size, or with free height and width",
+                )
         if max(height, width) > _WIDEST:
             raise TrainingError(
                 f"pictures of {surveyed.width_px}x{surveyed.height_px} would need an input of {width}x{height}",
@@ -259,8 +276,8 @@ class FeatureAnogan:
     def fit(self, surveyed: Pictures, spec: InputSpec, window: Window | None, run: Run) -> Fitted:
         """Features once; heads for each fold and for all; weights and scores from the folds."""
         material = gathered(
-            surveyed.paths, surveyed.folds(self.folds), spec, window, run, most_places=self.most_places, int8=self.int8,
-            digest=surveyed.digest,
+            surveyed.paths, surveyed.folds(self.folds), spec, window, run, self.source,
+            most_places=self.most_places, int8=self.int8, digest=surveyed.digest,
         )  # fmt: skip
         about = {"seed": run.seed, "digest": surveyed.digest, "input": spec.model_dump(), "window": window}
         settings = self if run.left_s() is None else self._affordable(material, run, key_of({**asdict(self), **about}))
@@ -282,6 +299,7 @@ class FeatureAnogan:
             graph, scores, crossed.scores(weighing.weights, spoiled=True),
             f"cross-fitted: each part by networks fitted without its fold, one of {self.folds}",
             {"drawn_defects_auroc": weighing.auroc, "steps": settings.steps}, self._notes(weighing, material),
+            backbone=material.extractor.used,
             material=to_teach_from(material, crossed, weighing, surveyed, self.folds) if run.first else None,
             sheets="Parts with drawn defects, and the anomaly maps of networks that knew neither the parts nor such defects.",
         )  # fmt: skip
@@ -292,15 +310,19 @@ class FeatureAnogan:
         Raises TrainingError where none is.
         """
         took: list[str] = []
+        taps = self.source.taps
         for side in (self.side, *(s for s in _SIDES if s < self.side)):
             settings = replace(self, side=side)
             spec = settings.input_spec(surveyed, tile, overlap)
             tiles = preprocess.tile_count(spec, surveyed.width_px, surveyed.height_px)
-            h, w = spec.height // networks.STRIDE, spec.width // networks.STRIDE
-            exemplars = networks.Exemplars(torch.zeros(1, networks.DEPTH * h * w // 16), torch.zeros(1, 4 * h, 4 * w, 3))
-            heads, usual = networks.empty_heads(h, w, self.prototypes), torch.ones(len(networks.TERMS), h, w)
-            graph = networks.FeatureAnoganGraph(Backbone(), heads, exemplars, networks.TERMS, usual, usual).eval()
-            needed = tiles * export.latency_ms(graph, np.zeros((1, spec.height, spec.width, 3), np.uint8))
+            h, w = taps.places(spec.height, spec.width)
+            shown = torch.zeros(1, spec.height // 2, spec.width // 2, 3)
+            exemplars = networks.Exemplars(torch.zeros(1, taps.depth * h * w // 16), shown)
+            heads, usual = networks.empty_heads(taps.depth, h, w, self.prototypes), torch.ones(len(networks.TERMS), h, w)
+            with tempfile.TemporaryDirectory() as folder:
+                backbone = self.source.opened(Path(folder))
+                graph = networks.FeatureAnoganGraph(backbone, heads, exemplars, networks.TERMS, usual, usual).eval()
+                needed = tiles * export.latency_ms(graph, np.zeros((1, spec.height, spec.width, 3), np.uint8))
             if needed <= latency_ms:
                 return settings
             took.append(f"{needed:.0f} ms at {side}")
@@ -331,6 +353,7 @@ class FeatureAnogan:
             notes.append(f"terms: {', '.join(weighing.terms)}; the others made drawn defects harder to tell")
         if "gaussian" not in weighing.terms:
             notes.append("where a feature lies did not help: the parts lie freely, or look the same everywhere")
+        notes.extend(self.source.remarks)
         if not material.whole.all():
             notes.append(f"fitted to {len(material.good)} tiles, taken evenly of more; the others were judged for the promise")
         return tuple(notes)
@@ -402,8 +425,9 @@ def _judge_others(
         found = []
         for start in range(0, len(tiles.images), _BATCH):
             part = slice(start, start + _BATCH)
-            features = networks.patches(*extractor(list(tiles.images[part])))
-            found.append(score_of(heads, mean, gain, features, torch.from_numpy(tiles.valid[part])))
+            features = networks.patches(extractor(list(tiles.images[part])), extractor.taps.strides)
+            counted = networks.judged(torch.from_numpy(tiles.valid[part]), extractor.taps.stride)
+            found.append(score_of(heads, mean, gain, features, counted))
         scores[number] = max(found)
         run.step("judging the others", done, len(order))
         if done >= _ENOUGH and run.left_s() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from edge_inspector import pictures, preprocess
@@ -22,7 +23,7 @@ from edge_inspector.roi import Roi
 from edge_inspector.training import export, quantise, synthesis
 from edge_inspector.training.data import load_tiles
 from edge_inspector.training.networks import feature_anogan as networks
-from edge_inspector.training.networks.backbone import CHANNELS, SHA256, Backbone
+from edge_inspector.training.networks.backbone import Backbone, OnnxBackbone, Source, Taps
 from edge_inspector.training.run import Run, key_of
 
 WITHHELD = 2
@@ -32,13 +33,13 @@ COVERED = 0.3
 SHEET = 8
 """Pictures of each fold that are kept to be shown."""
 MOST_PLACES = 2000 * 32 * 32
-"""What is kept in memory, in feature places of good tiles: 2000 of 256 x 256 px, 2.5 GB."""
+"""What is kept in memory, in feature places of good tiles with _CHANNELS: 2000 of 256 x 256 px, 2.5 GB."""
+_CHANNELS = 168
 CHUNK = 64
 """Good tiles whose features, and their copies', are kept on the disk together: what an interruption loses at most."""
 _BATCH, _POOL, _RANGES = 8, 32, 32
 _TRIAL, _FEWEST, _SHARE = 8, 60, 0.35
 """Where time is short: tiles that tell what one costs, the fewest that are taken, the share of the time for all of them."""
-_KEPT = ("early", "late", "coarse", "defective")
 Drawn = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """Picture [H, W, 3] and mask [H, W]."""
 
@@ -55,41 +56,52 @@ class Store:
     Allocated once: thousands of small arrays that stay would leave the heap full of holes, tenfold what they hold.
     """
 
-    def __init__(self, count: int, h: int, w: int) -> None:
-        self.early = torch.empty(count, CHANNELS[0], h, w, dtype=torch.half)
-        self.late = torch.empty(count, CHANNELS[1], h // 2, w // 2, dtype=torch.half)
-        self.coarse = torch.empty(count, networks.DEPTH, h // 2, w // 2, dtype=torch.half)
-        """Features averaged to stride 16."""
+    def __init__(self, count: int, size: tuple[int, int], taps: Taps) -> None:
+        """`size`: height and width of tiles, in px."""
+        self.strides, self.depth = taps.strides, taps.depth
+        h, w = taps.places(*size)
+        self.taps = [
+            torch.empty(count, channels, size[0] // stride, size[1] // stride, dtype=torch.half)
+            for channels, stride in zip(taps.channels, taps.strides, strict=True)
+        ]
+        """The backbone's maps."""
+        self.coarse = torch.empty(count, taps.depth, h // 2, w // 2, dtype=torch.half)
+        """Features averaged over 2 x 2 places."""
         self.defective = torch.zeros(count, h, w)
         """Share of each place that a drawn defect covers."""
 
-    def put(self, rows: list[int], early: Tensor, late: Tensor) -> None:
-        """Keep backbone outputs of a few tiles."""
-        self.early[rows], self.late[rows] = early.half(), late.half()
-        self.coarse[rows] = functional.avg_pool2d(networks.patches(early, late), 2).half()
+    def put(self, rows: list[int], taps: Sequence[Tensor]) -> None:
+        """Keep a backbone's maps of a few tiles."""
+        for store, tap in zip(self.taps, taps, strict=True):
+            store[rows] = tap.half()
+        self.coarse[rows] = functional.avg_pool2d(networks.patches(taps, self.strides), 2).half()
 
     def raw(self, chosen: Tensor) -> Tensor:
-        """Features [n, DEPTH, h, w] of chosen tiles."""
-        return networks.patches(self.early[chosen].float(), self.late[chosen].float())
+        """Features [n, C, h, w] of chosen tiles."""
+        return networks.patches([tap[chosen].float() for tap in self.taps], self.strides)
 
-    def kept(self, rows: slice) -> dict[str, Tensor]:
+    def kept(self, rows: slice) -> list[Tensor]:
         """Everything of these rows, for a checkpoint."""
-        return {name: getattr(self, name)[rows].clone() for name in _KEPT}
+        return [held[rows].clone() for held in self._held]
 
-    def restore(self, rows: slice, state: dict[str, Tensor]) -> None:
+    def restore(self, rows: slice, state: list[Tensor]) -> None:
         """What `kept` gave."""
-        for name in _KEPT:
-            getattr(self, name)[rows] = state[name]
+        for held, kept in zip(self._held, state, strict=True):
+            held[rows] = kept
 
     def some(self, chosen: Tensor) -> Store:
         """A store of chosen tiles."""
-        found = Store(0, 1, 1)
-        found.early, found.late = self.early[chosen], self.late[chosen]
+        found = copy.copy(self)
+        found.taps = [tap[chosen] for tap in self.taps]
         found.coarse, found.defective = self.coarse[chosen], self.defective[chosen]
         return found
 
+    @property
+    def _held(self) -> list[Tensor]:
+        return [*self.taps, self.coarse, self.defective]
+
     def __len__(self) -> int:
-        return len(self.early)
+        return len(self.coarse)
 
 
 @dataclass
@@ -121,27 +133,33 @@ class Material:
 class Extractor:
     """The backbone, run by what is fastest: PyTorch on a GPU, ONNX Runtime on the CPU (a third of PyTorch's time)."""
 
-    def __init__(self, height: int, width: int, run: Run, ranges: NDArray[np.uint8] | None = None) -> None:
+    def __init__(
+        self, source: Source, height: int, width: int, run: Run, ranges: NDArray[np.uint8] | None = None
+    ) -> None:  # fmt: skip
         """`ranges`: pictures uint8 [N, H, W, 3] that the ranges of an INT8 backbone come from; None for a float one."""
-        self.device, self.backbone = run.device, Backbone()
-        self.fast: nn.Module = self.backbone.to(run.device)
-        self.exported: nn.Module = self.backbone
-        """For the graph: PyTorch's own, unless it is quantised."""
-        if self.device.type == "cpu" or ranges is not None:
-            path = run.folder / f"backbone-{run.rank}.onnx"
-            export.write(self.backbone.cpu(), (torch.zeros(1, 3, height, width),), path, ["pixels"], ["early", "late"])
-            if ranges is not None:
-                quantised = path.with_stem(f"{path.stem}-int8")
-                quantise.quantise(path, ranges, quantised)
-                path, self.device = quantised, torch.device("cpu")
-                self.exported = quantise.FileBackbone(path)
-            self.fast = quantise.FileBackbone(path)
+        self.used, self.taps = source.used, source.taps
+        folder = run.folder / f"backbone-{run.rank}"
+        folder.mkdir(exist_ok=True)
+        self.exported: Backbone = source.opened(folder)
+        """For the graph: PyTorch's own, unless it is a file or quantised."""
+        self.fast, self.device = self.exported, run.device
+        if isinstance(self.exported, OnnxBackbone) or ranges is not None:
+            self.device = torch.device("cpu")
+        if self.device.type == "cpu" and not isinstance(self.exported, OnnxBackbone):
+            path = folder / "exported.onnx"
+            export.write(self.exported, (torch.zeros(1, 3, height, width),), path, ["pixels"], [*self.taps.names])
+            self.fast = OnnxBackbone(path, self.taps)
+        if isinstance(self.fast, OnnxBackbone) and ranges is not None:
+            quantised = folder / "int8.onnx"
+            quantise.quantise(self.fast.path, ranges, quantised)
+            self.exported = self.fast = OnnxBackbone(quantised, self.taps)
+        self.fast.to(self.device)
 
-    def __call__(self, images: list[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:
-        """Images uint8 [H, W, 3] RGB -> features of stride 8 and 16, on the CPU."""
+    def __call__(self, images: list[NDArray[np.uint8]]) -> list[Tensor]:
+        """Images uint8 [H, W, 3] RGB -> the backbone's maps, on the CPU."""
         with torch.no_grad():
-            early, late = self.fast(networks.as_pixels(torch.from_numpy(np.stack(images)).to(self.device)))
-        return early.cpu(), late.cpu()
+            found = self.fast(networks.as_pixels(torch.from_numpy(np.stack(images)).to(self.device)))
+        return [tap.cpu() for tap in found]
 
 
 def drawn_within(image: NDArray[np.uint8], tile: preprocess.Tile, draw: Callable[[NDArray[np.uint8]], Drawn]) -> Drawn:
@@ -211,9 +229,10 @@ class Gatherer:
     def __init__(self, spec: InputSpec, folds: NDArray[np.intp], extractor: Extractor, run: Run) -> None:
         """`folds`: of each tile."""
         self.run, self.extractor, self.folds, tiles = run, extractor, folds, len(folds)
-        self.h, self.w = spec.height // networks.STRIDE, spec.width // networks.STRIDE
-        self.good, self.jittered, self.spoiled = (Store(tiles, self.h, self.w) for _ in range(3))
-        self.withheld = Store(WITHHELD * tiles, self.h, self.w)
+        size, taps = (spec.height, spec.width), extractor.taps
+        self.h, self.w = taps.places(*size)
+        self.good, self.jittered, self.spoiled = (Store(tiles, size, taps) for _ in range(3))
+        self.withheld = Store(WITHHELD * tiles, size, taps)
         self.judged = torch.empty(tiles, self.h, self.w, dtype=torch.bool)
         self.shown = torch.empty(tiles, spec.height // 2, spec.width // 2, 3, dtype=torch.uint8)
         self.waiting: dict[Store, list[tuple[int, NDArray[np.uint8]]]] = {}
@@ -232,7 +251,7 @@ class Gatherer:
         """One picture: its tiles and their copies. Raises PictureError."""
         rows, images, masks, tiles = cutter.cut(number)
         self.add(number, list(zip(rows.tolist(), images, tiles, strict=True)))
-        self.judged[rows] = networks.judged(torch.from_numpy(masks)).squeeze(1) > 0
+        self.judged[rows] = networks.judged(torch.from_numpy(masks), self.extractor.taps.stride).squeeze(1) > 0
         self.shown[rows] = torch.from_numpy(np.stack([self.half(image) for image in images]))
 
     def add(self, number: int, tiles: list[tuple[int, NDArray[np.uint8], preprocess.Tile]]) -> None:
@@ -276,7 +295,7 @@ class Gatherer:
 
     def _flush(self, store: Store) -> None:
         rows, images = zip(*self.waiting.pop(store), strict=True)
-        store.put(list(rows), *self.extractor(list(images)))
+        store.put(list(rows), self.extractor(list(images)))
 
     def finish(self) -> None:
         """Run what still waits through the backbone."""
@@ -304,20 +323,21 @@ class Gatherer:
 
 
 def gathered(
-    paths: Sequence[Path], folds: NDArray[np.intp], spec: InputSpec, window: Window | None, run: Run,
+    paths: Sequence[Path], folds: NDArray[np.intp], spec: InputSpec, window: Window | None, run: Run, source: Source,
     *, most_places: int = MOST_PLACES, int8: bool = False, digest: str | None = None,
 ) -> Material:  # fmt: skip
     """Features of pictures, of their jittered copies, and of copies with drawn defects.
 
     `digest`: of the pictures; with it what is made is kept on the disk, and found there. Raises PictureError.
     """
-    h, w = spec.height // networks.STRIDE, spec.width // networks.STRIDE
+    h, w = source.taps.places(spec.height, spec.width)
     ranges = load_tiles(paths[:: max(1, len(paths) // _RANGES)], spec, window).images[:_RANGES] if int8 else None
-    extractor = Extractor(spec.height, spec.width, run, ranges)
+    extractor = Extractor(source, spec.height, spec.width, run, ranges)
     about = {
-        "seed": run.seed, "digest": digest, "input": spec.model_dump(), "window": window, "int8": int8, "backbone": SHA256,
+        "seed": run.seed, "digest": digest, "input": spec.model_dump(), "window": window, "int8": int8,
+        "backbone": source.used.sha256,
     }  # fmt: skip
-    most = most_places // (h * w)
+    most = most_places * _CHANNELS // (source.taps.depth * h * w)
     if run.left_s() is not None:
         most = min(most, _affordable(paths, spec, window, extractor, run, key_of(about)))
     cutter = _Cutter(paths, spec, window, most)

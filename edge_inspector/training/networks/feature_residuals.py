@@ -21,8 +21,8 @@ def rows_of(f: Tensor) -> Tensor:
 
 
 def moments(material: Material, tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and spread [DEPTH] of each channel over judged places, of some of the tiles, taken evenly."""
-    total, squares, count = torch.zeros(networks.DEPTH), torch.zeros(networks.DEPTH), 0
+    """Mean and spread [C] of each channel over judged places, of some of the tiles, taken evenly."""
+    total, squares, count = torch.zeros(material.good.depth), torch.zeros(material.good.depth), 0
     for part in parts(tiles[:: max(1, len(tiles) // _TILES)]):
         rows = rows_of(material.good.raw(part))[material.judged[part].flatten()]
         total, squares, count = total + rows.sum(0), squares + (rows**2).sum(0), count + len(rows)
@@ -57,10 +57,10 @@ class Residuals:
         standardised = (
             networks.scaled(self._material.good.raw(part), self._origin, self._unit).numpy() for part in parts(tiles)
         )
-        return normals.Sums.of(standardised, (networks.DEPTH, h, w))
+        return normals.Sums.of(standardised, (self._material.good.depth, h, w))
 
     def gaussian(self, fold: int, mean: Tensor, spread: Tensor) -> networks.LocalGaussian:
-        """Of the tiles outside a fold, of all for -1; for features standardised by this mean and spread [DEPTH]."""
+        """Of the tiles outside a fold, of all for -1; for features standardised by this mean and spread [C]."""
         own = torch.from_numpy((self._material.fold == fold).nonzero()[0])
         sums = self._sums.without(self._summed(own)) if len(own) else self._sums
         gain = (self._unit / spread).numpy()
@@ -70,7 +70,7 @@ class Residuals:
         whitening = normals.whitening(sums.covariance * gain[:, None] * gain)
         return networks.LocalGaussian(
             torch.from_numpy(average * gain[:, None, None] + shift[:, None, None]),
-            torch.from_numpy(whitening).reshape(h // normals.BLOCK, w // normals.BLOCK, networks.DEPTH, networks.DEPTH),
+            torch.from_numpy(whitening).reshape(h // normals.BLOCK, w // normals.BLOCK, *whitening.shape[1:]),
         )
 
     def bank(self, fold: int, mean: Tensor, spread: Tensor) -> networks.Bank:

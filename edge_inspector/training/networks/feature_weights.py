@@ -94,7 +94,7 @@ class CrossFit:
 
 def cross_fit(material: Material, heads: dict[int, networks.Heads]) -> CrossFit:
     """Maps of every tile by the heads that did not see its fold."""
-    good = torch.empty(len(material.good), len(networks.TERMS), *material.good.early.shape[2:])
+    good = torch.empty(len(material.good), len(networks.TERMS), *material.judged.shape[1:])
     withheld = torch.empty(WITHHELD * len(good), *good.shape[1:])
     fold = torch.from_numpy(material.fold)
     drawn_fold = fold.repeat_interleave(WITHHELD)
@@ -143,9 +143,9 @@ def to_teach_from(
     def tiles(store: Store, rows: NDArray[np.bool_], maps: Tensor, origin: NDArray[np.intp]) -> teaching.Tiles:
         fold = material.fold[origin]
         picture = number[material.picture[origin]] if store is material.good else np.arange(len(origin))
-        early, late = store.early.numpy()[rows], store.late.numpy()[rows]
+        taps = tuple(tap.numpy()[rows] for tap in store.taps)
         seen = crossed.raw(maps, fold, weighing.used)
-        return teaching.Tiles(early, late, seen, material.judged.numpy()[origin], fold, picture)
+        return teaching.Tiles(taps, seen, material.judged.numpy()[origin], fold, picture)
 
     rows = np.arange(len(whole))
     good = tiles(material.good, whole, crossed.good[whole], rows[whole])
@@ -164,13 +164,13 @@ def term_maps(heads: networks.Heads, store: Store, tiles: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def score_of(heads: networks.Heads, mean: Tensor, gain: Tensor, features: Tensor, valid: Tensor) -> float:
-    """The largest score of some tiles, by their raw features [n, DEPTH, h, w] and valid uint8 [n, H, W], with all TERMS.
+def score_of(heads: networks.Heads, mean: Tensor, gain: Tensor, features: Tensor, counted: Tensor) -> float:
+    """The largest score of some tiles, by their raw features [n, C, h, w], where `networks.judged` counts, with all TERMS.
 
     mean and gain: [T, h, w] of all TERMS, as `networks.fused` takes them.
     """
     fused = networks.fused(_maps(heads, heads.standardised(features)), mean, gain)
-    return float(networks.finished(fused, networks.judged(valid), torch.ones(()))[0].max())
+    return float(networks.finished(fused, counted, torch.ones(()))[0].max())
 
 
 def _maps(heads: networks.Heads, f: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def sums_of(network: Network, good: Tiles) -> dict[int, Sums]:
     found = {}
     for fold in sorted(set(good.fold.tolist())):
         rows = np.flatnonzero(good.fold == fold)
-        parts = (f for _, f in network.of_stored(good.early[rows], good.late[rows], "features"))
+        parts = (f for _, f in network.of_stored([tap[rows] for tap in good.taps], "features"))
         found[fold] = Sums.of(parts, shape)
     return found
 
@@ -124,7 +124,7 @@ class Lesson:
         """Learn, and choose how much of it counts: by pictures left out, and by drawn defects, which must not be lost."""
         good, drawn, taught = self._groups
         everything, folds = self._locals()
-        features = np.concatenate([f for _, f in self._network.of_stored(taught.early, taught.late, "features")])
+        features = np.concatenate([f for _, f in self._network.of_stored(taught.taps, "features")])
         groups = self._left_out(taught.pictures)
         directions, seen = self._directions(everything, features, groups)
         length = everything.length(directions)
@@ -196,7 +196,7 @@ class Lesson:
         found = np.empty((len(directions), len(tiles), *tiles.judged.shape[1:]), np.float32)
         for done, (fold, local) in enumerate(folds.items(), 1):
             rows = np.flatnonzero(tiles.fold == fold)
-            for part, f in self._network.of_stored(tiles.early[rows], tiles.late[rows], "features"):
+            for part, f in self._network.of_stored([tap[rows] for tap in tiles.taps], "features"):
                 filtered = np.einsum("kc,nchw->knhw", directions, local.filtered(f), optimize=True)
                 found[:, rows[part]] = self._blurred(filtered / length[:, None])
             self._tick(done, len(folds))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from edge_inspector.training.normals import Floats
 MOST_BYTES = 400_000_000
 """Of backbone outputs of good parts that are kept, evenly; of drawn defects a quarter of it."""
 _ABOUT, _MOST_ABOUT = "about.json", 4 << 20
+_PARTS = ("maps", "judged", "fold", "picture")
 _GROUPS = ("good", "drawn", "taught")
 _COPY = 1e-5
 """Features of a copy differ by less, as a share of their square."""
@@ -31,10 +32,8 @@ _COPY = 1e-5
 class Tiles:
     """Tiles of pictures, in the pictures' order."""
 
-    early: NDArray[np.float16]
-    """[n, C, h, w], the backbone's output of stride 8."""
-    late: NDArray[np.float16]
-    """[n, C, h / 2, w / 2], that of stride 16."""
+    taps: tuple[NDArray[np.float16], ...]
+    """The backbone's maps, the finest first, [n, C, h, w] each."""
     maps: Floats
     """[n, T, h, w]: the terms' smoothed maps, by networks that were fitted without the tile's fold."""
     judged: NDArray[np.bool_]
@@ -45,7 +44,7 @@ class Tiles:
     """[n], numbers from 0 without a gap."""
 
     def __len__(self) -> int:
-        return len(self.early)
+        return len(self.picture)
 
     @property
     def pictures(self) -> int:
@@ -66,7 +65,7 @@ class Tiles:
 
     def thinned(self, most_bytes: int) -> tuple[Tiles, NDArray[np.intp]]:
         """As many of the pictures as take so many bytes, evenly, and their numbers."""
-        each = (self.early.nbytes + self.late.nbytes) / max(1, len(self))
+        each = sum(tap.nbytes for tap in self.taps) / max(1, len(self))
         share = min(1.0, most_bytes / max(1.0, each * len(self)))
         kept = np.unique(np.linspace(0, self.pictures - 1, max(1, int(share * self.pictures))).round().astype(np.intp))
         rows = np.isin(self.picture, kept)
@@ -77,13 +76,13 @@ class Tiles:
 
     def some(self, rows: NDArray[np.intp]) -> Tiles:
         """Chosen tiles; numbers of pictures stay."""
-        return Tiles(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return Tiles(tuple(tap[rows] for tap in self.taps), *(part[rows] for part in self.parts))
 
     def copies(self, other: Tiles) -> list[tuple[int, int]]:
         """Numbers of pictures that are here and in the other, as (here, there)."""
         if not (len(self) and len(other)):
             return []
-        a, b = (tiles.late[:, :, ::2, ::2].reshape(len(tiles), -1).astype(np.float32) for tiles in (self, other))
+        a, b = (tiles.taps[-1][:, :, ::2, ::2].reshape(len(tiles), -1).astype(np.float32) for tiles in (self, other))
         apart = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
         alike = apart < _COPY * (b**2).sum(1)
         found = []
@@ -96,7 +95,13 @@ class Tiles:
     def and_(self, other: Tiles) -> Tiles:
         """These, then others."""
         other = replace(other, picture=other.picture + self.pictures)
-        return Tiles(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+        taps = tuple(np.concatenate(both) for both in zip(self.taps, other.taps, strict=True))
+        return Tiles(taps, *(np.concatenate(both) for both in zip(self.parts, other.parts, strict=True)))
+
+    @property
+    def parts(self) -> list[Any]:
+        """Everything but the taps, in the order of _PARTS."""
+        return [getattr(self, name) for name in _PARTS]
 
     def none(self) -> Tiles:
         """No tile of this kind."""
@@ -134,8 +139,12 @@ class Material:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for group in _GROUPS:
-            for field in fields(Tiles):
-                np.save(folder / f"{group}-{field.name}.npy", getattr(getattr(self, group), field.name))
+            tiles: Tiles = getattr(self, group)
+            for name, part in (
+                *((f"tap{number}", tap) for number, tap in enumerate(tiles.taps)),
+                *zip(_PARTS, tiles.parts, strict=True),
+            ):
+                np.save(folder / f"{group}-{name}.npy", part)
         (folder / _ABOUT).write_text(self.about.model_dump_json() + "\n")
         return _digest({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
 
@@ -162,10 +171,15 @@ def opened(bundle: Path, digest: str | None) -> Material:
         if _digest(read) != digest:
             raise TrainingError(f"{folder}: is not what was left beside this bundle", hint="copy the folder again, whole")
         about = validate(About, read_json(read[_ABOUT], str(folder / _ABOUT), _MOST_ABOUT), str(folder / _ABOUT))
-        groups = [Tiles(*(_array(read.pop(f"{group}-{field.name}.npy")) for field in fields(Tiles))) for group in _GROUPS]
+        groups = [_tiles(read, group) for group in _GROUPS]
     except (OSError, ValueError) as error:
         raise TrainingError(f"{folder}: cannot be read: {error}", hint="copy the folder again, whole") from error
     return Material(about, *groups)
+
+
+def _tiles(read: dict[str, bytes], group: str) -> Tiles:
+    taps = sorted(name for name in read if name.startswith(f"{group}-tap"))
+    return Tiles(tuple(_array(read.pop(name)) for name in taps), *(_array(read.pop(f"{group}-{part}.npy")) for part in _PARTS))
 
 
 def _array(data: bytes) -> Any:

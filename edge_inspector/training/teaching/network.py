@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,11 @@ from onnx import helper, numpy_helper
 from edge_inspector.errors import TrainingError
 from edge_inspector.training.normals import Floats
 
-INNER = ("early", "late", "features", "maps", "fused")
-"""Tensors of the graph that lie between pixels and score: the backbone's at stride 8 and 16, what the terms see [N, C, h, w],
-the terms' smoothed maps [N, T, h, w], and their weighted sum [N, 1, h, w]."""
+INNER = ("features", "maps", "fused")
+"""Tensors of the graph that lie between the backbone's maps (`tap0`, `tap1`, ...) and the score: what the terms see
+[N, C, h, w], the terms' smoothed maps [N, T, h, w], and their weighted sum [N, 1, h, w]."""
 _BANK = ("whitening", "shift", "kernel", "level")
+_TAP = re.compile(r"tap\d")
 _LESSON = "lesson/"
 """Names of what teaching puts into a graph begin so."""
 BATCH = 8
@@ -59,7 +61,7 @@ class Network:
         """`data`: of network.onnx, verified. What an earlier lesson put in is left out. Raises TrainingError."""
         model = onnx.load_from_string(data)
         known = {output for node in model.graph.node for output in node.output}
-        if not known.issuperset(INNER):
+        if not known.issuperset({*INNER, "tap0"}):
             raise TrainingError(
                 f"{name}: its network cannot be taught",
                 hint="train it again with this release; only feature-anogan can be taught, not fanogan",
@@ -78,12 +80,17 @@ class Network:
 
         return compute
 
-    def of_stored(self, early: NDArray[np.float16], late: NDArray[np.float16], output: str) -> Iterator[tuple[slice, Floats]]:
-        """One of its tensors by stored backbone outputs: rows and what they give, a batch after the other."""
-        compute = self.between(["early", "late"], [output])
-        for start in range(0, len(early), BATCH):
+    @property
+    def taps(self) -> list[str]:
+        """The backbone's maps, the finest first."""
+        return sorted(name for node in self.model.graph.node for name in node.output if _TAP.fullmatch(name))
+
+    def of_stored(self, taps: Sequence[NDArray[np.float16]], output: str) -> Iterator[tuple[slice, Floats]]:
+        """One of its tensors by a backbone's stored maps: rows and what they give, a batch after the other."""
+        compute = self.between(self.taps, [output])
+        for start in range(0, len(taps[0]), BATCH):
             part = slice(start, start + BATCH)
-            yield part, compute(early[part].astype(np.float32), late[part].astype(np.float32))[0]
+            yield part, compute(*(tap[part].astype(np.float32) for tap in taps))[0]
 
     @property
     def kernel(self) -> Floats:

@@ -65,12 +65,12 @@ def refitted(network: Network, material: Material, tick: Callable[[int, int], No
         for name, out in maps.items():
             tiles: Tiles = getattr(material, name)
             rows = np.flatnonzero(tiles.fold == fold)
-            for part, found in without.of_stored(tiles.early[rows], tiles.late[rows], "maps"):
+            for part, found in without.of_stored([tap[rows] for tap in tiles.taps], "maps"):
                 out[rows[part][:, None], columns] = found[:, columns]
         tick(done, len(own))
     changed = network.with_residuals(_fitted(held, every, rows_all))
     taught = material.taught.maps.copy()
-    for part, found in changed.of_stored(material.taught.early, material.taught.late, "maps"):
+    for part, found in changed.of_stored(material.taught.taps, "maps"):
         taught[part] = found
     return changed, Material(
         material.about, material.good.with_maps(maps["good"]), material.drawn.with_maps(maps["drawn"]),
@@ -91,7 +91,7 @@ def _sampled(network: Network, good: Tiles) -> tuple[Floats, NDArray[np.intp]]:
     rng = np.random.default_rng(1)
     share = _CORESET_ROWS / max(1, good.judged.sum())
     rows, folds = [], []
-    for part, f in network.of_stored(good.early, good.late, "features"):
+    for part, f in network.of_stored(good.taps, "features"):
         taken = good.judged[part] & (rng.random(good.judged[part].shape) < share)
         rows.append(f.transpose(0, 2, 3, 1)[taken])
         folds.append(np.repeat(good.fold[part], taken.sum((1, 2))))

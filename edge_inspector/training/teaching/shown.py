@@ -66,7 +66,7 @@ def shown(folder: Path, bundle: Bundle, network: Network, folds: int, masks: Pat
     """
     listing = pictures.listed(folder)
     names = pictures.part_names(listing.taken, listing.folder)
-    compute = network.between(["image"], ["early", "late", "maps"])
+    compute = network.between(["image"], [*network.taps, "maps"])
     found: dict[str, tuple[Path, str, list[NDArray[np.generic]]]] = {}
     for number, (path, name) in enumerate(zip(listing.taken, names, strict=True), 1):
         content = pictures.content(path)
@@ -77,17 +77,17 @@ def shown(folder: Path, bundle: Bundle, network: Network, folds: int, masks: Pat
         tick(f"looking at {folder.name}", number, len(names))
     paths, told, seen_all = zip(*found.values(), strict=True)
     counts = [len(seen[0]) for seen in seen_all]
-    early, late, maps, judged, marked = (np.concatenate(parts) for parts in zip(*seen_all, strict=True))
+    *taps, maps, judged, marked = (np.concatenate(parts) for parts in zip(*seen_all, strict=True))
     picture = np.repeat(np.arange(len(counts)), counts)
     fold = folds_of(len(counts), folds)[picture] if folds else np.full(len(picture), -1)
-    tiles = Tiles(early.astype(np.float16), late.astype(np.float16), maps, judged, fold, picture)
+    tiles = Tiles(tuple(tap.astype(np.float16) for tap in taps), maps, judged, fold, picture)
     return Shown(paths, told, tuple(_kind(path, folder) for path in paths), tiles, marked)
 
 
 def _seen(
     path: Path, image: Pixels, bundle: Bundle, compute: Callable[..., list[NDArray[np.float32]]], mask: NDArray[np.uint8] | None
 ) -> list[NDArray[np.generic]]:
-    """Backbone outputs, maps, what is judged and what is marked, of each tile."""
+    """The backbone's maps, the terms' maps, what is judged and what is marked, of each tile."""
     try:
         plan = plan_of(bundle, image)
     except FormatError as error:
@@ -95,13 +95,13 @@ def _seen(
     images, valid = plan.buffers()
     plan.fill(image, images, valid)
     batches = [compute(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
-    early, late, maps = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    *taps, maps = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     h, w = maps.shape[2:]
     judged = _any(valid, h, w)
     marked = judged & _any(_cut(mask, plan, path), h, w) if mask is not None else judged
     if mask is not None and not marked.any():
         raise TrainingError(f"{pictures.printable(path)}: its mask marks nothing that is judged", hint="correct the mask")
-    return [early, late, maps, judged, marked]
+    return [*taps, maps, judged, marked]
 
 
 def _any(pixels: NDArray[np.uint8], h: int, w: int) -> NDArray[np.bool_]:
