@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -184,6 +185,15 @@ def promise(scores: Sequence[float], wish: Wish, at_least: float = 0.0, rejected
     lower = next((r for r in range(n) if binomial_cdf(r, n, at_most) >= wish.confidence), n - 1)
     review = min(threshold, ordered[max(0, lower - rejected)])
     return Promise(threshold, n, wish, allowed >= above, above / (n + 1), at_most, review)
+
+
+def clearly_above(scores: Sequence[float], others: Sequence[float], confidence: float = 0.95) -> bool:
+    """Whether scores tend to lie above others, by more than chance (Mann and Whitney 1947, normal approximation, one-sided)."""
+    n, m = len(scores), len(others)
+    if not (n and m):
+        return False
+    z = (auroc(others, scores) - 0.5) / math.sqrt((n + m + 1) / (12 * n * m))
+    return z > NormalDist().inv_cdf(confidence)
 
 
 def auroc(normal: ArrayLike, anomalous: ArrayLike) -> float:

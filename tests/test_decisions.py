@@ -163,6 +163,16 @@ def test_auroc_counts_pairs(normal: list[int], bad: list[int]) -> None:
     assert scoring.auroc(normal, bad) == pytest.approx(sum(pairs) / len(pairs))
 
 
+def test_scores_lie_clearly_above_others_as_seldom_by_chance_as_is_said() -> None:
+    rng = np.random.default_rng(0)
+    chance = [scoring.clearly_above(rng.gamma(3, size=25).tolist(), rng.gamma(3, size=200).tolist()) for _ in range(2000)]
+    assert 0.03 < np.mean(chance) < 0.07
+    real = [scoring.clearly_above((rng.gamma(3, size=25) + 2).tolist(), rng.gamma(3, size=200).tolist()) for _ in range(200)]
+    assert np.mean(real) > 0.95
+    assert not scoring.clearly_above([], [1.0])
+    assert not scoring.clearly_above([1.0], [])
+
+
 def test_a_polygon_covers_the_pixels_inside_it() -> None:
     roi = Roi(polygon=((2, 2), (10, 2), (10, 10), (2, 10)))
     box = roi.box(20, 20)

@@ -154,6 +154,17 @@ def test_good_parts_under_another_lamp_pass_afterwards(school: Path, tmp_path: P
     assert learned.weight == 0
 
 
+def test_good_parts_like_the_others_do_not_raise_the_threshold_for_one_odd_one(school: Path, tmp_path: Path) -> None:
+    like_the_others = [part(number) for number in range(2000, 2024)]
+    odd = draw_part(np.random.default_rng((1, 3)), SIDE, SIDE, defect=True)
+    plain = teach(ask(school, tmp_path / "plain", good=folder(tmp_path / "g", like_the_others), accept_loss=True))
+    learned = teach(ask(school, tmp_path / "out", good=folder(tmp_path / "h", [*like_the_others, odd]), accept_loss=True))
+    before, after = plain.promise.threshold, learned.promise.threshold
+    assert after < 1.2 * before, "the largest score of 25 would lie far above"
+    assert max(opened(school, learned.folder).manifest.calibration.scores) > 2 * after
+    assert "the shown good parts score no higher than the others: the rates of all hold for them, too" in learned.notes
+
+
 def test_a_network_with_its_own_residuals_computes_what_it_did(school: Path) -> None:
     network = Network.of(opened(school, school / "disc").read(bundles.NETWORK), "disc")
     same, other = network.with_residuals(network.residuals), network.residuals

@@ -4,7 +4,7 @@ Good parts of FOLDER/train/good and FOLDER/test/good are thrown together. For ea
 `train` does (folds, weights, threshold), and the rest are judged by the network for all: is the share rejected above the
 promised one? Defective pictures are judged as well, for the recall. Features are computed once; the defaults here are
 smaller than the product's, so that hundreds of splits can be afforded: worse networks, which a promise must survive. One
-line of JSON a split is appended to --out, and what is there is not run again: one --out for each FOLDER.
+line of JSON a split is appended to --out, and what is there is not run again. --table prints what --out holds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from edge_inspector.training.networks.feature_material import WITHHELD, Material
 from edge_inspector.training.normals import Usual
 from edge_inspector.training.run import Run, key_of
 
-ALPHAS = (0.02, 0.05)
+WISHES = tuple(scoring.Wish(rate, sure=sure) for sure in (False, True) for rate in (0.02, 0.05))
 
 
 def part_of(material: Material, index: Tensor, folds: np.ndarray) -> Material:
@@ -72,7 +72,11 @@ def main() -> None:
     parser.add_argument("--prototypes", type=int, default=256)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("promise.jsonl"))
+    parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
+    if given.table:
+        summary(given.out)
+        return
     family = fitting.FeatureAnogan(side=given.side, prototypes=given.prototypes, steps=given.steps)
     with tempfile.TemporaryDirectory() as scratch:
         pool, bad = Path(scratch) / "pool", Path(scratch) / "bad"
@@ -92,7 +96,8 @@ def main() -> None:
         spec = family.input_spec(surveyed, None, 0.0)
         material = gathered(surveyed.paths, surveyed.folds(family.folds), spec, None, run, family.source)
         defective = gathered(sorted(bad.iterdir()), np.zeros(len(list(bad.iterdir())), np.intp), spec, None, run, family.source)
-        done = len(given.out.read_text().splitlines()) if given.out.exists() else 0
+        known = given.out.read_text().splitlines() if given.out.exists() else []
+        done = sum(json.loads(line)["set"] == given.folder.name for line in known)
         for split in range(done, given.splits):
             rng = np.random.default_rng(split)
             index = np.sort(rng.permutation(len(goods))[: given.pictures])
@@ -113,9 +118,9 @@ def main() -> None:
                 "fresh": len(fresh),
                 "terms": list(weighing.terms),
             }
-            for alpha in ALPHAS:
-                made = scoring.promise(held, scoring.Wish(alpha, sure=True))
-                line[str(alpha)] = {
+            for wish in WISHES:
+                made = scoring.promise(held, wish)
+                line[str(wish)] = {
                     "kept": made.kept, "false_rejects": float((fresh > made.threshold).mean()),
                     "recall": float((wrong > made.threshold).mean()),
                 }  # fmt: skip
@@ -125,17 +130,17 @@ def main() -> None:
 
 
 def summary(out: Path) -> None:
-    """In how many splits more was rejected than promised."""
+    """For each set and wish: good parts rejected on average, in how many splits more than was asked for, defects found."""
     lines = [json.loads(line) for line in out.read_text().splitlines()]
+    print("| set |", " | ".join(str(wish) for wish in WISHES), "|")
     for name in dict.fromkeys(line["set"] for line in lines):
-        for alpha in ALPHAS:
-            found = [line[str(alpha)] for line in lines if line["set"] == name]
-            above = sum(split["false_rejects"] > alpha for split in found)
-            recall = float(np.mean([split["recall"] for split in found]))
-            kept = sum(split["kept"] for split in found)
-            print(
-                f"{name}, {alpha:.0%}: promised in {kept} of {len(found)} splits, more rejected in {above}, recall {recall:.3f}"
-            )
+        cells = []
+        for wish in WISHES:
+            found = [line[str(wish)] for line in lines if line["set"] == name]
+            rejected, recall = (100 * np.mean([split[key] for split in found]) for key in ("false_rejects", "recall"))
+            above = sum(split["false_rejects"] > wish.rate for split in found)
+            cells.append(f"{rejected:.1f} %, more in {above} of {len(found)}, {recall:.0f} % found")
+        print(f"| {name} |", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":

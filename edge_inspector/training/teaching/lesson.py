@@ -165,10 +165,14 @@ class _Lesson:
         self._say_new()
 
     def _limit(self, scores: Sequence[float], wish: scoring.Wish) -> scoring.Promise:
-        """What keeps a wish among all good parts, and among those that were shown: these are what comes from now on."""
-        new, left_out = scores[len(scores) - self.new :], len(self.manifest.pictures.left_out)
-        own = scoring.promise(new, wish).threshold if len(new) >= wish.needed else 0.0
-        return scoring.promise(scores, wish, own, left_out)
+        """What keeps a wish among all good parts.
+
+        Where those that were shown score clearly above the others they are what comes from now on: it is kept among them, too.
+        """
+        known, left_out = len(scores) - self.new, len(self.manifest.pictures.left_out)
+        old, new = scores[:known], scores[known:]
+        apart = len(new) >= wish.needed and scoring.clearly_above(new, old)
+        return scoring.promise(scores, wish, scoring.promise(new, wish).threshold if apart else 0.0, left_out)
 
     def _say_new(self) -> None:
         """The rates of good parts like those that were shown."""
@@ -180,8 +184,11 @@ class _Lesson:
                 f"{self.new} good parts say no rate of their own: {more} more, and the wish is kept for such parts alone, too"
             )
             return
-        own = scoring.promise(self.chosen.good[-self.new :].tolist(), self.wish, self.promise.threshold)
-        self.notes.append(f"of good parts like those shown: {own}")
+        new = self.chosen.good[-self.new :].tolist()
+        if scoring.clearly_above(new, self.chosen.good[: -self.new].tolist()):
+            self.notes.append(f"of good parts like those shown: {scoring.promise(new, self.wish, self.promise.threshold)}")
+        else:
+            self.notes.append("the shown good parts score no higher than the others: the rates of all hold for them, too")
 
     def _joined(self) -> Material:
         """What was known and what is shown, together."""
