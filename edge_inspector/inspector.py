@@ -119,6 +119,14 @@ class Inspector:
         """Why what the bundles promise does not hold in this recipe, and where; empty where it does."""
         return "; ".join(f"{camera}/{roi} {why}" for (camera, roi), why in self.broken_promises.items() if why)
 
+    @property
+    def finds(self) -> float | None:
+        """The smallest share of drawn defects that one of its bundles finds at its own threshold; None: not known of one."""
+        regions = [roi for camera in self.recipe.cameras.values() for roi in camera.rois.values()]
+        rates = [self.engines[roi.bundle].bundle.manifest.rates if roi.threshold is None else None for roi in regions]
+        shares = [rate.found if rate is not None else None for rate in rates]
+        return _smallest(shares)
+
     def inspect(self, frames: Mapping[str, Sequence[Frame]]) -> Inspection:
         """Judge one part. `frames` holds for each camera of the recipe as many frames as its decision needs.
 
@@ -170,6 +178,11 @@ class Inspector:
             job.plan, job.broken_promise = plan, self.broken_promises[job.camera, job.roi_name]
         except preprocess.FormatError as error:
             job.refused = Reason.WRONG_FORMAT, error.message
+
+
+def _smallest(shares: Sequence[float | None]) -> float | None:
+    known = [share for share in shares if share is not None]
+    return min(known) if known and len(known) == len(shares) else None
 
 
 def _known_box(roi: RoiRecipe) -> preprocess.Box | None:
@@ -296,6 +309,11 @@ class Inspectors:
             )  # fmt: skip
             for name, engine in self.engines.items()
         }
+
+    @property
+    def finds(self) -> float | None:
+        """The smallest share of drawn defects that a bundle of these recipes finds; None: not known of one."""
+        return _smallest([inspector.finds for inspector, _ in self.by_recipe.values()])
 
     @property
     def promise(self) -> str:

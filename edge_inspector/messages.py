@@ -186,6 +186,9 @@ class Ready(TolerantModel):
     session: str
     tested_at: Moment | None = Field(None, description="when the samples of its bundles were judged last")
     promise: str = Field("", description="why the promised rates do not hold for its recipes, and where; empty: they do")
+    finds: float | None = Field(
+        None, description="smallest share of drawn defects that one of its bundles finds at its own threshold; none: not known"
+    )
 
 
 class Cause(TolerantModel):

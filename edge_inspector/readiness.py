@@ -19,16 +19,18 @@ class Readiness:
 
     def __init__(
         self, name: str, config: StationConfig, setting: Setting, cameras: Mapping[str, Camera], self_test: SelfTest,
-        promise: Callable[[], str],
+        promise: Callable[[], str], finds: Callable[[], float | None],
     ) -> None:  # fmt: skip
-        """It starts `preoperational`: nothing is judged before the networks are open. `promise`: why that does not hold."""
+        """It starts `preoperational`: nothing is judged before the networks are open. `promise`: why that does not hold;
+        `finds`: what its thresholds find.
+        """
         self.name, self.config, self.setting = name, config, setting
         self.is_building = False
         """Whether engines are built, which takes minutes."""
         self._cameras, self._self_test, self._orders = cameras, self_test, setting.orders
         self._state, self._why = "preoperational", "starting"
         self._busy = False
-        self._promise = promise
+        self._promise, self._finds = promise, finds
         self._told: tuple[str, str] | None = None
 
     @property
@@ -91,7 +93,7 @@ class Readiness:
             "schema": "ei.ready.v1", "station": self.name, "ready": not why and not self._busy, "busy": self._busy,
             "state": self._state_told(), "reason": why, "product": product, "product_ordered": standing.product is not None,
             "recipe": self.config.products.get(product) if product else None, "session": self.setting.session,
-            "tested_at": self._self_test.at, "promise": promise,
+            "tested_at": self._self_test.at, "promise": promise, "finds": self._finds(),
         })  # fmt: skip
 
     @property

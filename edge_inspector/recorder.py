@@ -132,6 +132,11 @@ class Recorder:
         self._count(result, trigger.received_s)
 
     @property
+    def finds(self) -> float | None:
+        """The smallest share of drawn defects that one of its bundles finds at its threshold; None: not known."""
+        return self._inspectors.finds if self._inspectors is not None else None
+
+    @property
     def promise(self) -> str:
         """Why the promised rates do not hold; the size of a whole frame is known from the first part on."""
         return self._inspectors.promise if self._inspectors is not None else ""

@@ -73,7 +73,9 @@ class Station:
         self._matcher = Matcher.of(config) if config.trigger == "hardware" else None
         self._orders = setting.orders
         self._self_test = SelfTest(name, config.self_test, self._orders.of(name).doubt)
-        self._readiness = Readiness(name, config, setting, self.cameras, self._self_test, lambda: self._recorder.promise)
+        self._readiness = Readiness(
+            name, config, setting, self.cameras, self._self_test, lambda: self._recorder.promise, lambda: self._recorder.finds
+        )
         self._wake = threading.Event()
         self._wanted: Inspectors | None = None
         self._building_told_s = 0.0

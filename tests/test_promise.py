@@ -140,3 +140,22 @@ def test_the_promise_is_that_of_threshold_window_and_outline(paper: Bundle) -> N
     manifest = paper.manifest.model_copy(update={"pictures": kind})
     assert preprocess.broken_promise(manifest, Roi(polygon=corners), None, None, None) == ""
     assert "outline" in preprocess.broken_promise(manifest, Roi(), None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("shares", "threshold", "finds"),
+    [((0.7, 0.4), None, 0.4), ((0.7, None), None, None), ((0.7, 0.4), 0.9, None)],
+    ids=["the smallest", "of one nothing is known", "another threshold"],
+)
+def test_ready_tells_what_its_thresholds_find(
+    tmp_path: Path, shares: tuple[float | None, ...], threshold: float | None, finds: float | None
+) -> None:
+    engines = {}
+    for number, share in enumerate(shares):
+        rates = Rates(asked="expected", wish=0.05, expected=0.05, at_most=0.1, needed=19, found=share)
+        engines[f"b{number}"] = OnnxEngine(tiny_bundle(tmp_path, name=f"b{number}", rates=rates))
+    rois = {name: RoiRecipe(bundle=name, threshold=threshold if name == "b1" else None) for name in engines}
+    recipe = Recipe(cameras={"top": CameraRecipe(rois=rois)})
+    assert Inspector(recipe, engines).finds == finds
+    for engine in engines.values():
+        engine.close()
