@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import cv2
@@ -15,7 +16,7 @@ from edge_inspector.frames import frozen
 from edge_inspector.inspector import Inspector
 from edge_inspector.recipes import CameraRecipe, Recipe, RoiRecipe
 from edge_inspector.roi import Rectangle, Roi
-from edge_inspector.runtime import OnnxEngine
+from edge_inspector.runtime import Engine, OnnxEngine
 from tests.line import ENGINES, RECORDING, DaemonProcess, Mosquitto, device_folder, line_yaml, listening, until
 from tests.test_preprocess import frame
 from tests.tiny import tiny_bundle
@@ -150,12 +151,13 @@ def test_the_promise_is_that_of_threshold_window_and_outline(paper: Bundle) -> N
 def test_ready_tells_what_its_thresholds_find(
     tmp_path: Path, shares: tuple[float | None, ...], threshold: float | None, finds: float | None
 ) -> None:
-    engines = {}
+    engines: dict[str, Engine] = {}
     for number, share in enumerate(shares):
         rates = Rates(asked="expected", wish=0.05, expected=0.05, at_most=0.1, needed=19, found=share)
         engines[f"b{number}"] = OnnxEngine(tiny_bundle(tmp_path, name=f"b{number}", rates=rates))
     rois = {name: RoiRecipe(bundle=name, threshold=threshold if name == "b1" else None) for name in engines}
     recipe = Recipe(cameras={"top": CameraRecipe(rois=rois)})
-    assert Inspector(recipe, engines).finds == finds
-    for engine in engines.values():
-        engine.close()
+    with ExitStack() as opened:
+        for engine in engines.values():
+            opened.enter_context(engine)
+        assert Inspector(recipe, engines).finds == finds
