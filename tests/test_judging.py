@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,13 @@ def test_a_size_that_is_rounded_is_said(tmp_path: Path) -> None:
 
     surveyed = data.Pictures((), 128, 128, (1.0, 1.0), 3, 8, "", (), ((128, 128), (128, 128)))
     order = orders.Order(tmp_path, tmp_path / "b", "p", "p", None, family=FeatureAnogan(side=100))  # type: ignore[arg-type]
-    assert [str(remark) for remark in orders._rounded(order, surveyed)] == [
+    assert [str(remark) for remark in orders._on_size(order, surveyed)] == [
         "the network's input is 96x96 px for a size of 100: its sides are multiples of 32"
     ]
+    large = data.Pictures((), 1000, 2000, (2.0, 2.0), 3, 8, "", (), ((2000, 1000), (2000, 1000)))
+    (said,) = orders._on_size(replace(order, family=FeatureAnogan()), large)
+    assert str(said) == (
+        "the network sees the pictures at 18% of their resolution, marks of less than about 22 px are lost. "
+        "With --tile 256 it sees all of it, in 32 tiles, which take 32 times as long"
+    )
+    assert list(orders._on_size(replace(order, family=FeatureAnogan(), tile=256), large)) == []

@@ -353,7 +353,7 @@ def test_a_fold_taken_away_leaves_the_gaussian_of_the_others(tmp_path: Path) -> 
     run = Run(tmp_path)
     material = gathered(surveyed.paths, surveyed.folds(SMALL.folds), spec, None, run, SMALL.source)
     mean, spread = moments(material, torch.arange(24))
-    found = Residuals(material, 64, run).gaussian(5, mean, spread)
+    found = Residuals(material, 64, run).gaussian([5], mean, spread)
     others = torch.from_numpy(np.flatnonzero(material.fold != 5))
     f = scaled(material.good.raw(others), mean, spread)
     assert torch.allclose(found.mean[0], f.mean(0), atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from edge_inspector import bundles, pictures, scoring
+from edge_inspector import bundles, pictures, preprocess, scoring
 from edge_inspector.bundles import (
     NAME_PATTERN,
     Bundle,
@@ -36,7 +37,7 @@ from edge_inspector.roi import Roi
 from edge_inspector.runtime import OnnxEngine, judge_samples
 from edge_inspector.signatures import Ed25519PrivateKey
 from edge_inspector.training import audit, calibrate, data, export, limits, report
-from edge_inspector.training.networks import Family, Fitted
+from edge_inspector.training.networks import Family, Fitted, Half
 from edge_inspector.training.networks.feature_fit import FeatureAnogan
 from edge_inspector.training.run import Progress, Run, key_of
 from edge_inspector.training.teaching.material import beside
@@ -44,6 +45,10 @@ from edge_inspector.training.teaching.material import beside
 _PARITY_PICTURES, _WHITEST = 16, 65535
 _ODDEST, _RESTS = (1, 2, 4), 0.9
 """A threshold that falls below this share of itself without so many of the oddest parts rests on these."""
+_MORE, _WORTHWHILE = 100, 0.01
+_COARSE, _SEEN_PX = 0.5, 4
+"""Below this share of their resolution pictures are better cut into tiles; marks of about so many px of input are seen: half a
+place of the finest feature map."""
 _STEP_PX = 32
 _READ_SINCE = "0.1.0"
 """The first release that can read and run what is made here: what was added since, it ignores."""
@@ -167,7 +172,7 @@ def _trained(order: Order, run: Run, on_audit: Callable[[data.Pictures], None]) 
     if order.tile is not None and order.tile > shorter:
         remark = audit.Remark("note", f"tiles of {shorter} px instead of {order.tile}: the pictures are no larger")
         order, surveyed = replace(order, tile=shorter), replace(surveyed, remarks=(*surveyed.remarks, remark))
-    surveyed = replace(surveyed, remarks=(*surveyed.remarks, *_rounded(order, surveyed)))
+    surveyed = replace(surveyed, remarks=(*surveyed.remarks, *_on_size(order, surveyed)))
     if run.first:
         on_audit(surveyed)
     try:
@@ -182,9 +187,20 @@ def _trained(order: Order, run: Run, on_audit: Callable[[data.Pictures], None]) 
     return _everywhere(run, lambda: _bundle(order, surveyed, spec, fitted, run))
 
 
-def _rounded(order: Order, surveyed: data.Pictures) -> Iterator[audit.Remark]:
-    """Says which input a size that is no multiple of the network's steps gives."""
+def _on_size(order: Order, surveyed: data.Pictures) -> Iterator[audit.Remark]:
+    """Says which input a size that is no multiple of the network's steps gives, and what is lost of large pictures."""
     side = getattr(order.family, "side", 0)
+    scale = side / math.sqrt(surveyed.height_px * surveyed.width_px)
+    if order.tile is None and 0 < scale < _COARSE:
+        tile = min(max(16, side), surveyed.height_px, surveyed.width_px)
+        spec = order.family.input_spec(surveyed, tile, order.overlap)
+        tiles = preprocess.tile_count(spec, surveyed.width_px, surveyed.height_px)
+        yield audit.Remark(
+            "note",
+            f"the network sees the pictures at {scale:.0%} of their resolution, marks of less than about "
+            f"{_SEEN_PX / scale:.0f} px are lost. With --tile {tile} it sees all of it, in {tiles} tiles, "
+            f"which take {tiles} times as long",
+        )
     if order.latency_ms is None and side % _STEP_PX:
         spec = order.family.input_spec(surveyed, order.tile, order.overlap)
         text = (
@@ -263,8 +279,11 @@ def _bundle(order: Order, surveyed: data.Pictures, spec: InputSpec, fitted: Fitt
     manifest = _calibrated(_draft(order, surveyed, spec), promise, good, found, fitted.method, scale)
     ascending = [i for i in np.argsort(scores) if known[i]]
     ranked = [surveyed.paths[i] for i in ascending]
-    rests = _rests_on(ranked, sorted(good), (fitted.drawn / scale).tolist(), promise)
-    fitted = replace(fitted, notes=(*fitted.notes, *rests))
+    told = (
+        *_rests_on(ranked, sorted(good), (fitted.drawn / scale).tolist(), promise),
+        *_more_pictures(fitted.half, found, order.wish, len(good)),
+    )  # fmt: skip
+    fitted = replace(fitted, notes=(*fitted.notes, *told))
     graph_bytes = (part / bundles.NETWORK).read_bytes()
     with OnnxEngine(Bundle(part, manifest, "", ""), graph=graph_bytes) as engine:
         samples = calibrate.limit_samples(engine, ranked, promise.threshold, part)
@@ -307,6 +326,19 @@ def _calibrated(
     )  # fmt: skip
     told = {"calibration": calibration, "rates": rates, "threshold": promise.threshold, "scale": scale}
     return draft.model_copy(update=told)
+
+
+def _more_pictures(half: Half | None, found: scoring.Found | None, wish: scoring.Wish, count: int) -> Iterator[str]:
+    """What 100 more good pictures may bring: each doubling brings about what the last one did."""
+    if half is None or found is None:
+        return
+    then = scoring.found(half.drawn.tolist(), half.good.tolist(), wish, scoring.promise).here
+    gain = (found.here - then) * math.log2(1 + _MORE / count)
+    said = f"half of these pictures would find {then:.0%} of drawn defects, all of them find {found.here:.0%}"
+    if gain >= _WORTHWHILE:
+        yield f"{said}: {_MORE} more may bring about {100 * gain:.0f} points"
+    else:
+        yield f"{said}: more pictures of the same kind would bring little"
 
 
 def _rests_on(ranked: Sequence[Path], good: list[float], drawn: list[float], promise: scoring.Promise) -> Iterator[str]:

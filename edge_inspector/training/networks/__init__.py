@@ -17,6 +17,16 @@ from edge_inspector.training.teaching.material import Material
 
 
 @dataclass(frozen=True)
+class Half:
+    """What networks that were fitted to half of the pictures say: how much more pictures would bring is seen from it."""
+
+    good: NDArray[np.float64]
+    """The score of each picture by one that was not fitted to it."""
+    drawn: NDArray[np.float64]
+    """Scores of drawn defects."""
+
+
+@dataclass(frozen=True)
 class Fitted:
     """What a family makes of good parts."""
 
@@ -39,6 +49,8 @@ class Fitted:
     """Where the family draws pictures: latents [N, n] -> uint8 [N, H, W, C] in frame order, and n."""
     sheets: str = ""
     """What the pictures show that were written while it was fitted (`Run.sheet`)."""
+    half: Half | None = None
+    """None: it was not tried."""
     backbone: BackboneUsed | None = None
     """The pretrained network it rests on; None: it has none."""
     material: Material | None = None
@@ -63,4 +75,4 @@ class Family(Protocol):
         ...
 
 
-__all__ = ["Family", "Fitted"]
+__all__ = ["Family", "Fitted", "Half"]

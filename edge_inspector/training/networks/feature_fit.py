@@ -22,7 +22,7 @@ from edge_inspector.errors import TrainingError
 from edge_inspector.preprocess import Window
 from edge_inspector.training import export
 from edge_inspector.training.data import Pictures, load_tiles
-from edge_inspector.training.networks import Fitted, backbone_file
+from edge_inspector.training.networks import Fitted, Half, backbone_file
 from edge_inspector.training.networks import feature_anogan as networks
 from edge_inspector.training.networks.backbone import Source
 from edge_inspector.training.networks.feature_material import (
@@ -284,10 +284,10 @@ class FeatureAnogan:
         every = settings.heads(material, run, key_of({**asdict(settings), **about}))
         crossed, heads, backbone = cross_fit(material, every), every[-1], material.extractor.exported
         weighing = weighed(crossed)
+        half = self._half(material, every, weighing, run) if run.first and material.whole.all() else None
         used = weighing.of(crossed.usual)
         graph = networks.FeatureAnoganGraph(backbone, heads, _exemplars(heads, material, run), weighing.terms, *used).eval()
-        scores = np.full(len(surveyed.paths), np.nan)
-        np.fmax.at(scores, material.picture, crossed.scores(weighing.weights, spoiled=False))
+        scores = _by_picture(material, crossed.scores(weighing.weights, spoiled=False))
         scores[~material.whole] = np.nan
         if run.first and not material.whole.all():
             weights = torch.tensor(weighing.weights)[:, None, None]
@@ -299,7 +299,7 @@ class FeatureAnogan:
             graph, scores, crossed.scores(weighing.weights, spoiled=True),
             f"cross-fitted: each part by networks fitted without its fold, one of {self.folds}",
             {"drawn_defects_auroc": weighing.auroc, "steps": settings.steps}, self._notes(weighing, material),
-            backbone=material.extractor.used,
+            half=half, backbone=material.extractor.used,
             material=to_teach_from(material, crossed, weighing, surveyed, self.folds) if run.first else None,
             sheets="Parts with drawn defects, and the anomaly maps of networks that knew neither the parts nor such defects.",
         )  # fmt: skip
@@ -369,13 +369,33 @@ class FeatureAnogan:
         for number, fold in enumerate((*range(self.folds), -1), 1):
             drawing = drawings[fold % self.groups if fold >= 0 else -1]
             scale = drawing.mean, drawing.spread
-            gaussian, bank = residuals.gaussian(fold, *scale), residuals.bank(fold, *scale)
+            left_out = (fold,) if fold >= 0 else ()
+            gaussian, bank = residuals.gaussian(left_out, *scale), residuals.bank(left_out, *scale)
             heads = networks.Heads(*scale, gaussian, bank, drawing.generator, drawing.discriminator)
             every[fold] = heads.eval().requires_grad_(requires_grad=False)
             run.step("residuals", number, self.folds + 1)
         for group in range(self.groups) if run.first and material.drawn else ():
             run.sheet(f"fold-{group}", _sheet(every[group], material, group))
         return every
+
+    def _half(self, material: Material, every: dict[int, networks.Heads], weighing: Weighing, run: Run) -> Half | None:
+        """What residuals of half the pictures would find; generator and discriminator are those without a group of folds."""
+        if self.groups < 2:
+            return None
+        residuals = Residuals(material, self.prototypes, run)
+        halved: dict[int, networks.Heads] = {}
+        for group in range(self.groups):
+            own = [fold for fold in range(self.folds) if fold % self.groups == group]
+            others = [fold for fold in range(self.folds) if fold not in own]
+            without, whole = [*own, *others[: self.folds // 2 - len(own)]], every[own[0]]
+            scale = whole.mean.flatten(), whole.spread.flatten()
+            found = residuals.gaussian(without, *scale), residuals.bank(without, *scale)
+            heads = networks.Heads(*scale, *found, whole.generator, whole.discriminator).eval().requires_grad_(False)
+            halved |= dict.fromkeys(own, heads)
+            run.step("half of the pictures", group + 1, self.groups)
+        crossed = cross_fit(material, halved)
+        good = _by_picture(material, crossed.scores(weighing.weights, spoiled=False))
+        return Half(good, crossed.scores(weighing.weights, spoiled=True))
 
     def _drawings(self, material: Material, run: Run, key: str) -> dict[int, Drawing]:
         """Without each group, and for all under -1; fitted by the processes in turn, or read from checkpoints."""
@@ -397,6 +417,13 @@ class FeatureAnogan:
                     run.drop(f"{_name(group)}-{stage}")
             run.stop_if_asked()
         return {group: Drawing.loaded(state["drawing"]) for group, state in states.items()}
+
+
+def _by_picture(material: Material, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Largest score of each picture's tiles; NaN where none is here."""
+    found = np.full(len(material.whole), np.nan)
+    np.fmax.at(found, material.picture, scores)
+    return found
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,9 +60,9 @@ class Residuals:
         )
         return normals.Sums.of(standardised, (self._material.good.depth, h, w))
 
-    def gaussian(self, fold: int, mean: Tensor, spread: Tensor) -> networks.LocalGaussian:
-        """Of the tiles outside a fold, of all for -1; for features standardised by this mean and spread [C]."""
-        own = torch.from_numpy((self._material.fold == fold).nonzero()[0])
+    def gaussian(self, without: Sequence[int], mean: Tensor, spread: Tensor) -> networks.LocalGaussian:
+        """Of the tiles outside some folds; for features standardised by this mean and spread [C]."""
+        own = torch.from_numpy(np.isin(self._material.fold, without).nonzero()[0])
         sums = self._sums.without(self._summed(own)) if len(own) else self._sums
         gain = (self._unit / spread).numpy()
         shift = ((self._origin - mean) / spread).numpy()
@@ -73,13 +74,13 @@ class Residuals:
             torch.from_numpy(whitening).reshape(h // normals.BLOCK, w // normals.BLOCK, *whitening.shape[1:]),
         )
 
-    def bank(self, fold: int, mean: Tensor, spread: Tensor) -> networks.Bank:
+    def bank(self, without: Sequence[int], mean: Tensor, spread: Tensor) -> networks.Bank:
         """The same for prototypes."""
-        torch.manual_seed(int(torch.randint(2**53, (1,), generator=self._run.seeded(fold, 2))))
-        others = torch.from_numpy((self._material.fold != fold).nonzero()[0])
+        torch.manual_seed(int(torch.randint(2**53, (1,), generator=self._run.seeded(*without, 2))))
+        others = torch.from_numpy((~np.isin(self._material.fold, without)).nonzero()[0])
         rows = sampled(
             self._material, self._material.good, others, _CORESET_ROWS,
             lambda raw: rows_of(networks.scaled(raw, mean, spread)),
         )  # fmt: skip
-        prototypes = normals.Prototypes.of(rows.numpy(), self._prototypes, self._run.rng(fold + 1, 1))
+        prototypes = normals.Prototypes.of(rows.numpy(), self._prototypes, self._run.rng(*without, 1))
         return networks.Bank(prototypes.convolutions())
