@@ -131,7 +131,7 @@ def train(
     size: Annotated[int | None, typer.Option(help="side of the network's input [256; fanogan 64]")] = None,
     backbone: Annotated[
         str | None,
-        typer.Option(help="feature-anogan: lite0 (faster), lite2, or an ONNX file that gives feature maps [lite2]"),
+        typer.Option(help="feature-anogan: lite0 (faster), lite2, or an ONNX file of feature maps", show_default="lite2"),
     ] = None,
     rectangle: RectangleOption = None,
     polygon: PolygonOption = None,
