@@ -33,7 +33,7 @@ import onnx  # noqa: E402
 
 from edge_inspector import training  # noqa: E402
 from edge_inspector.training import data, evaluation, generation, orders  # noqa: E402
-from edge_inspector.training.networks import Family, feature_weights  # noqa: E402
+from edge_inspector.training.networks import Family, Half, feature_weights  # noqa: E402
 from edge_inspector.training.networks.fanogan_fit import Fanogan, Fitter  # noqa: E402
 from edge_inspector.training.networks.feature_anogan import judged, patches, scaled  # noqa: E402
 from edge_inspector.training.networks.feature_fit import FeatureAnogan  # noqa: E402
@@ -457,3 +457,16 @@ def test_a_full_disk_stops_training_with_a_word_and_it_resumes(tmp_path: Path, s
     fill.unlink()
     shutil.rmtree(small_disk / "other.training", ignore_errors=True)
     assert training.train(wanted).folder == small_disk / "bundle"
+
+
+def test_what_more_pictures_may_bring_is_told_by_half_of_them() -> None:
+    good = np.linspace(0, 1, 100)
+    half = Half(good, np.array([0.5, 0.5, 0.5, 2.0]))
+    found = scoring.found([0.5, 0.5, 2.0, 2.0], good.tolist(), Wish(0.05), scoring.promise)
+    (said,) = orders._more_pictures(half, found, Wish(0.05), 100)
+    assert said == (
+        "half of these pictures would find 25% of drawn defects, all of them find 50%: 100 more may bring about 25 points"
+    )
+    (little,) = orders._more_pictures(Half(good, np.array([2.0, 2.0, 0.5, 0.5])), found, Wish(0.05), 100)
+    assert little.endswith("more pictures of the same kind would bring little")
+    assert list(orders._more_pictures(None, found, Wish(0.05), 100)) == []

@@ -49,7 +49,6 @@ _MORE, _WORTHWHILE = 100, 0.01
 _COARSE, _SEEN_PX = 0.5, 4
 """Below this share of their resolution pictures are better cut into tiles; marks of about so many px of input are seen: half a
 place of the finest feature map."""
-_STEP_PX = 32
 _READ_SINCE = "0.1.0"
 """The first release that can read and run what is made here: what was added since, it ignores."""
 Made = TypeVar("Made")
@@ -201,11 +200,10 @@ def _on_size(order: Order, surveyed: data.Pictures) -> Iterator[audit.Remark]:
             f"{_SEEN_PX / scale:.0f} px are lost. With --tile {tile} it sees all of it, in {tiles} tiles, "
             f"which take {tiles} times as long",
         )
-    if order.latency_ms is None and side % _STEP_PX:
+    step = order.family.source.taps.multiple if isinstance(order.family, FeatureAnogan) else side
+    if order.latency_ms is None and side % step:
         spec = order.family.input_spec(surveyed, order.tile, order.overlap)
-        text = (
-            f"the network's input is {spec.width}x{spec.height} px for a size of {side}: its sides are multiples of {_STEP_PX}"
-        )
+        text = f"the network's input is {spec.width}x{spec.height} px for a size of {side}: its sides are multiples of {step}"
         yield audit.Remark("note", text)
 
 

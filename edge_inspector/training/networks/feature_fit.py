@@ -244,6 +244,7 @@ class FeatureAnogan:
             raise TrainingError(f"folds {self.folds}: must be a multiple of groups, {self.groups}")
         if not 64 <= self.side <= 1024:
             raise TrainingError(f"size {self.side}: must lie between 64 and 1024 for {self.name}")
+        backbone_file.source(self.backbone)  # what cannot be used is told before anything is read
 
     @property
     def source(self) -> Source:
