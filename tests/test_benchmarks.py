@@ -18,6 +18,7 @@ from tests.line import MOSQUITTO, needed
 from tests.nvidia.parts import needs_pycuda
 from tests.tiny import tiny_bundle
 
+RESULTS = Path(__file__).with_name("benchmarks") / "results"
 MODULES = {path.stem for path in Path(__file__).with_name("benchmarks").glob("*.py")} - {"__init__"}
 TRAINED = ("--side", "64", "--prototypes", "16", "--steps", "2")
 RUNS = {
@@ -35,6 +36,8 @@ RUNS = {
     "precision-": ("SET/tiny", "SET/test/good", "--trust", "SET/trust"),
     "teaching-": ("SET", "--pictures", "24", "--draws", "1", "--out", "SET/out", *TRAINED),
     "runner-": ("--rounds", "5"),
+    "tables-": ("RESULTS/detection.jsonl", "--curves", "SET/curves.svg"),
+    "vit-": ("SET/whole.onnx", "SET/vit.onnx"),
 }
 
 
@@ -48,6 +51,36 @@ def drawn_set(folder: Path) -> None:
         (folder / place).mkdir(parents=True)
         for number in range(first, first + count):
             pictures.write(folder / place / f"{number:03d}.png", draw_part(np.random.default_rng(number), 64, 64, defective))
+
+
+def transformer(path: Path) -> None:
+    """An ONNX file with the names that `vit` cuts at: patches of 14 px as tokens, a first one for all, one block."""
+    onnx = pytest.importorskip("onnx")
+    from tests.benchmarks import vit
+
+    make = onnx.helper.make_node
+    values = {
+        "kernel": np.zeros((384, 3, 14, 14), np.float32), "flat": np.array([0, 384, -1]), "zero": np.array([0]), "one": np.array([1]),
+        "axis": np.array([1]),
+    }  # fmt: skip
+    nodes = [
+        make("Conv", ["input_image", "kernel"], [vit.PATCHES], strides=[14, 14]),
+        make("Reshape", [vit.PATCHES, "flat"], ["flattened"]),
+        make("Transpose", ["flattened"], ["patches"], perm=[0, 2, 1]),
+        make("Slice", ["patches", "zero", "one", "axis"], ["class"]),
+        make("Concat", ["class", "patches"], ["tokens"], axis=1),
+        make("Identity", ["tokens"], ["/backbone/encoder/layer.7/Add_1_output_0"]),
+        make("ReduceMean", ["/backbone/encoder/layer.7/Add_1_output_0"], ["output_importance"]),
+    ]
+    given, made = (
+        onnx.helper.make_tensor_value_info(name, 1, shape)
+        for name, shape in (("input_image", ["N", 3, 224, 224]), ("output_importance", None))
+    )
+    held = [onnx.numpy_helper.from_array(value, name) for name, value in values.items()]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "vit", [given], [made], held), opset_imports=[onnx.helper.make_opsetid("", 14)]
+    )
+    onnx.save(model, str(path))
 
 
 def require(module: str) -> None:
@@ -75,7 +108,10 @@ def test_a_benchmark_runs_and_prints_its_figures(
     require(module)
     drawn_set(tmp_path)
     tiny_bundle(tmp_path)
-    monkeypatch.setattr(sys, "argv", [module, *(word.replace("SET", str(tmp_path)) for word in RUNS[name])])
+    if module == "vit":
+        transformer(tmp_path / "whole.onnx")
+    words = [word.replace("SET", str(tmp_path)).replace("RESULTS", str(RESULTS)) for word in RUNS[name]]
+    monkeypatch.setattr(sys, "argv", [module, *words])
     monkeypatch.delitem(sys.modules, f"tests.benchmarks.{module}", raising=False)
     runpy.run_module(f"tests.benchmarks.{module}", run_name="__main__")
     printed = capfd.readouterr().out

@@ -3,7 +3,7 @@
 Each SET is a folder in MVTec layout, FOLDER:PREFIX for the files of a set whose names begin so, or `elpv:mono`, `elpv:poly`
 from the package elpv-dataset (label 0.0 against 1.0; a third of the good cells is for testing). Of more than --pictures good
 ones so many are taken, evenly in name order. One line of JSON for each set and seed is appended to --out, and what is there
-is not run again; --table prints what is there.
+is not run again; `tests.benchmarks.tables` prints what is there.
 
 The references see the same frozen features of the same pictures: PaDiM (full covariance at each place, good and jittered
 tiles) and PatchCore (coreset of standardised features: twice the flagship's bank, and 1 % of all patches as published).
@@ -46,7 +46,6 @@ SUMS = ((0, 0, 1), *(
 """Weights of the terms for the ablation."""
 RATES = (0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Shares of good test parts rejected, of the curve of escapes."""
-SHOWN = ("flagship", "PaDiM", "PatchCore", "PatchCore 1 %")
 
 
 def padim(heads: networks.Heads, material: Material) -> Callable[[Tensor], Tensor]:
@@ -254,38 +253,8 @@ def called(weights: Sequence[float]) -> str:
     return " + ".join(f"{w:g} {name}" for w, name in zip(weights, networks.TERMS, strict=True) if w)
 
 
-def _spread(values: list[float]) -> str:
-    return f"{np.mean(values):.1f}" + (f" ±{np.std(values):.1f}" if len(values) > 1 else "")
-
-
-def table(out: Path) -> None:
-    """Mean and spread over seeds of image AUROC, FPR at 95 % recall and AUPRO, in percent; then every sum of terms."""
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    sets = list(dict.fromkeys(line["set"] for line in lines))
-
-    def found(figure: str, method: str, name: str) -> list[float]:
-        ours = (line["methods"].get(method, {}) for line in lines if line["set"] == name)
-        return [100 * figures[figure] for figures in ours if figure in figures]
-
-    for figure in ("auroc", "fpr_at_95_recall", "aupro"):
-        print(f"\n| {figure} | seeds |", " | ".join(SHOWN), "|")
-        known = [name for name in sets if found(figure, "flagship", name)]
-        for name in known:
-            cells = [_spread(found(figure, method, name)) for method in SHOWN]
-            print(f"| {name} | {len(found(figure, 'flagship', name))} |", " | ".join(cells), "|")
-        means = [np.mean([np.mean(found(figure, method, name)) for name in known]) for method in SHOWN]
-        print("| mean | |", " | ".join(f"{mean:.2f}" for mean in means), "|")
-    print()
-    for method in dict.fromkeys(method for line in lines for method in line["methods"]):
-        values = [np.mean(found("auroc", method, name)) for name in sets]
-        print(f"{np.mean(values):6.2f}  {method}: {', '.join(f'{value:.1f}' for value in values)}")
-    for line in lines:
-        print(line["set"], line["seed"], line["terms"], {k: round(v, 3) for k, v in line["trivial"].items()},
-              line["promise"], f"{line['train_s']:.0f} s, {line['train_cpu_s']:.0f} CPU s, load {line['load']:.1f}")  # fmt: skip
-
-
 def main() -> None:
-    """Run what is missing, or print the table."""
+    """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
@@ -296,11 +265,7 @@ def main() -> None:
     parser.add_argument("--prototypes", type=int, default=usual.prototypes)
     parser.add_argument("--steps", type=int, default=usual.steps)
     parser.add_argument("--out", type=Path, default=Path("detection.jsonl"))
-    parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
-    if given.table:
-        table(given.out)
-        return
     family = fitting.FeatureAnogan(
         side=given.side, prototypes=given.prototypes, steps=given.steps, backbone=given.backbone
     )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.utils
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=8)
     given = parser.parse_args()
     onnx.save(cut(onnx.load(str(given.whole)), given.block), str(given.out))
+    print(f"{given.out}: {given.out.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
