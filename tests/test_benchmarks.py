@@ -29,6 +29,7 @@ RUNS = {
     "line-soak": ("soak", "--parts", "4", "--rounds", "2"),
     "cameras-http": ("--rigs", "http", "--seconds", "0.3", "--faults", "hang"),
     "cameras-four": ("--four", "--fps", "20", "--parts", "4"),
+    "cost-": ("--sides", "64", "--backbones", "lite2", "--prototypes", "16", "--rounds", "1"),
     "delay-": ("2",),
     "detection-": ("SET", "--pictures", "24", "--out", "SET/out", *TRAINED),
     "gans-": ("SET", "--minutes", "0.01", "--width", "4", "--anogan-steps", "1", "--out", "SET/out"),
@@ -84,7 +85,7 @@ def transformer(path: Path) -> None:
 
 
 def require(module: str) -> None:
-    if module in ("detection", "gans", "promise", "teaching"):
+    if module in ("cost", "detection", "gans", "promise", "teaching"):
         pytest.importorskip("torch", reason='torch is not installed: pip install "edge-inspector[train]"')
     if module == "runner":
         needs_pycuda()
