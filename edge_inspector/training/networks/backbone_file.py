@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 
 from edge_inspector.bundles import BackboneUsed
 from edge_inspector.errors import BundleUnsupported, TrainingError
-from edge_inspector.graphs import OPSET, refuse_foreign
+from edge_inspector.graphs import OPSET, OWN_DOMAINS, refuse_foreign
 from edge_inspector.training.networks.backbone import LITES, Backbone, OnnxBackbone, Source, Taps
 
 MOST_CHANNELS = 384
@@ -92,12 +92,10 @@ def _standard(path: Path, content: bytes) -> Any:
     """The model with our operator set. Raises TrainingError."""
     try:
         model = onnx.load_from_string(content)
-        opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-        if opset and opset != OPSET and {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"}:
-            model = onnx.version_converter.convert_version(model, OPSET)
-    except Exception as error:
+    except Exception as error:  # protobuf's kinds are no part of its interface
         raise _refused(path, f"not an ONNX model that can be read: {_first_line(error)}") from error
     try:
+        model = _at_opset(path, model)
         refuse_foreign(model.SerializeToString(), "its graph")
         onnx.checker.check_model(model)
     except BundleUnsupported as error:
@@ -105,6 +103,17 @@ def _standard(path: Path, content: bytes) -> Any:
     except (onnx.checker.ValidationError, ValueError) as error:
         raise _refused(path, _first_line(error)) from error
     return model
+
+
+def _at_opset(path: Path, model: Any) -> Any:
+    """The model with our operator set, where it is of standard operators alone."""
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    if not opsets or set(opsets) - OWN_DOMAINS or set(opsets.values()) == {OPSET}:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, OPSET)
+    except Exception as error:  # the converter has one kind for everything
+        raise _refused(path, f"its operators cannot be brought to opset {OPSET}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
