@@ -52,6 +52,13 @@ def dulled(number: int, depth: int = 28) -> NDArray[np.uint8]:
     return np.asarray(np.clip(picture - depth * spot[:, :, None], 0, 255), np.uint8)
 
 
+def blotted(number: int) -> NDArray[np.uint8]:
+    """A part with a defect that nobody misses."""
+    picture = part(6000 + number)
+    picture[22:42, 22:42] = (0, 0, 255)
+    return picture
+
+
 def folder(place: Path, images: list[NDArray[np.uint8]]) -> Path:
     place.mkdir(parents=True)
     for number, image in enumerate(images):
@@ -61,12 +68,15 @@ def folder(place: Path, images: list[NDArray[np.uint8]]) -> Path:
 
 @pytest.fixture(scope="module")
 def school(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a trained bundle, its keys, and what it can be taught from."""
+    """A folder with a trained bundle, its keys, and what it can be taught from.
+
+    Its network is small, and how much such a one misses depends on the seed: this one leaves something to learn.
+    """
     place = tmp_path_factory.mktemp("school")
     good = folder(place / "good", [part(number) for number in range(80)])
     signatures.create_key(place / "keys" / "signing.key", place / "trust")
     key = signatures.read_private_key(place / "keys" / "signing.key")
-    orders.train(orders.Order(folder=good, out=place / "disc", product="disc", name="disc", key=key, family=SMALL, seed=3))
+    orders.train(orders.Order(folder=good, out=place / "disc", product="disc", name="disc", key=key, family=SMALL, seed=2))
     return place
 
 
@@ -138,7 +148,7 @@ def test_a_lesson_never_drops_an_earlier_one_in_silence(school: Path, tmp_path: 
 
 
 def test_good_parts_under_another_lamp_pass_afterwards(school: Path, tmp_path: Path) -> None:
-    lamp = 25
+    lamp = 30
     shown = folder(tmp_path / "lamp", [part(number, lamp) for number in range(2000, 2030)])
     learned = teach(ask(school, tmp_path / "out", good=shown, accept_loss=True))
     before, after = opened(school, school / "disc"), opened(school, learned.folder)
@@ -223,7 +233,7 @@ REFUSED = {
     ),
     "another colour": (lambda t: {"defects": folder(t / "d", [grey(1)])}, "grey frame, the bundle was trained on colour"),
     "found already": (
-        lambda t: {"defects": folder(t / "d", [dulled(number, 90) for number in range(3)])},
+        lambda t: {"defects": folder(t / "d", [blotted(number) for number in range(3)])},
         "all 3 are found already",
     ),
     "no mask": (

@@ -224,6 +224,8 @@ class Lesson:
 def _preferred(without: Choice, choices: tuple[Choice, ...], pictures: int) -> Choice:
     """The weight that finds most of the pictures left out, then most drawn defects, if it loses neither.
 
+    Where no picture is gained nothing was learned of them, whatever becomes of drawn defects.
+
     One picture alone cannot be left out: the smallest weight, if it is found then, and drawn defects do not suffer.
     """
     if pictures == 1:
@@ -231,5 +233,4 @@ def _preferred(without: Choice, choices: tuple[Choice, ...], pictures: int) -> C
         return smallest if smallest.share >= without.share and smallest.found.all() else without
     sound = [one for one in choices if one.share >= without.share - _SLACK and one.found.sum() >= without.found.sum()]
     best = max(sound, key=lambda one: (one.found.sum(), one.share, -one.weight), default=without)
-    gained = (best.found.sum(), best.share) > (without.found.sum(), without.share)
-    return best if gained and best.found.any() else without
+    return best if best.found.sum() > without.found.sum() else without
