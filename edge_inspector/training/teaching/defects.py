@@ -226,11 +226,12 @@ def _preferred(without: Choice, choices: tuple[Choice, ...], pictures: int) -> C
 
     Where no picture is gained nothing was learned of them, whatever becomes of drawn defects.
 
-    One picture alone cannot be left out: the smallest weight, if it is found then, and drawn defects do not suffer.
+    One picture alone cannot be left out: the smallest weight, if it is found only then, and drawn defects do not suffer.
     """
     if pictures == 1:
         smallest = choices[0]
-        return smallest if smallest.share >= without.share and smallest.found.all() else without
+        gains = smallest.found.all() and not without.found.all()
+        return smallest if gains and smallest.share >= without.share else without
     sound = [one for one in choices if one.share >= without.share - _SLACK and one.found.sum() >= without.found.sum()]
     best = max(sound, key=lambda one: (one.found.sum(), one.share, -one.weight), default=without)
     return best if best.found.sum() > without.found.sum() else without

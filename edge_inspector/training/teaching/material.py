@@ -178,8 +178,9 @@ def opened(bundle: Path, digest: str | None) -> Material:
 
 
 def _tiles(read: dict[str, bytes], group: str) -> Tiles:
-    taps = sorted(name for name in read if name.startswith(f"{group}-tap"))
-    return Tiles(tuple(_array(read.pop(name)) for name in taps), *(_array(read.pop(f"{group}-{part}.npy")) for part in _PARTS))
+    count = sum(name.startswith(f"{group}-tap") for name in read)
+    taps = [read.pop(f"{group}-tap{number}.npy") for number in range(count)]
+    return Tiles(tuple(_array(tap) for tap in taps), *(_array(read.pop(f"{group}-{part}.npy")) for part in _PARTS))
 
 
 def _array(data: bytes) -> Any:

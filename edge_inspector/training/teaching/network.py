@@ -20,7 +20,7 @@ INNER = ("features", "maps", "fused")
 """Tensors of the graph that lie between the backbone's maps (`tap0`, `tap1`, ...) and the score: what the terms see
 [N, C, h, w], the terms' smoothed maps [N, T, h, w], and their weighted sum [N, 1, h, w]."""
 _BANK = ("whitening", "shift", "kernel", "level")
-_TAP = re.compile(r"tap\d")
+_TAP = re.compile(r"tap\d+")
 _LESSON = "lesson/"
 """Names of what teaching puts into a graph begin so."""
 BATCH = 8
@@ -83,7 +83,8 @@ class Network:
     @property
     def taps(self) -> list[str]:
         """The backbone's maps, the finest first."""
-        return sorted(name for node in self.model.graph.node for name in node.output if _TAP.fullmatch(name))
+        names = [name for node in self.model.graph.node for name in node.output if _TAP.fullmatch(name)]
+        return sorted(names, key=lambda name: int(name.removeprefix("tap")))
 
     def of_stored(self, taps: Sequence[NDArray[np.float16]], output: str) -> Iterator[tuple[slice, Floats]]:
         """One of its tensors by a backbone's stored maps: rows and what they give, a batch after the other."""
